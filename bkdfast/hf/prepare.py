@@ -1,0 +1,229 @@
+"""`prepare`: install the hooks once, before compiling; from then on interventions only write tables.
+
+A Python hook inside a compiled model runs at trace time and never again, and one attached afterwards never runs at all.
+So each hook calls one in-place op on tensors of fixed shape (the edit table of its layer) and is installed before
+`torch.compile`. An empty table edits nothing; in eager mode an idle hook returns at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+
+from bkdfast.errors import InvalidArgumentError, ModelStateError
+from bkdfast.hf.edits import HEADS, NEURONS
+from bkdfast.hf.families import describe, unwrap
+from bkdfast.hf.lowering import Key, Tables, site_shape
+from bkdfast.hf.positions import Positions
+from bkdfast.hf.spec import ModelSpec, submodule
+from bkdfast.ops.edit_table import COLUMNS, EditTable
+from bkdfast.ops.patch_heads import patch_heads
+
+log = logging.getLogger(__name__)
+
+_PREPARED: weakref.WeakKeyDictionary[torch.nn.Module, Prepared] = weakref.WeakKeyDictionary()
+
+
+class Prepared:
+    """The hooks of one model and the tables they read. Made by `prepare`; `remove()` takes the hooks off again.
+
+    Attributes:
+        spec: the model's `ModelSpec`.
+        positions: where the tokens of the current call stand.
+        tables: the edit table of each (site, layer), of fixed capacity.
+        active: some table is not empty.
+        calls: number of forward calls that reached the hooks, `[]` int64 on the model's device.
+        observers: called as `observer(positions, arguments)` after the positions of a call are known.
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: ModelSpec, capacity: int, sources: int) -> None:
+        self.spec = spec
+        self.model = weakref.ref(model)
+        self.dtype, self.device = _place(model)
+        self.pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+        entry = submodule(model, spec.entry)
+        self.positions = Positions(entry.forward, self.device)
+        self.calls = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.active: frozenset[Key] = frozenset()
+        self.relative = False
+        self.batch: int | None = None
+        self.running = False
+        self.explicit = False
+        self.observers: list[Any] = []
+        self.stack: list[list] = []
+        self.tables: dict[Key, EditTable] = {}
+        self._handles = [
+            entry.register_forward_pre_hook(self._begin_call, with_kwargs=True),
+            entry.register_forward_hook(self._end_call, always_call=True),
+        ]
+        for layer, block in enumerate(spec.blocks):
+            for site, path in ((HEADS, block.out_proj), (NEURONS, block.down_proj)):
+                if path is not None:
+                    self.tables[site, layer] = self._empty(site, layer, capacity, sources)
+                    projection = submodule(model, path)
+                    self._handles.append(projection.register_forward_pre_hook(self._editor(site, layer)))
+
+    # Hooks. Everything below also runs at trace time under torch.compile.
+
+    def _begin_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling() and not self.active and not self.observers:
+            return
+        self.positions.update(args, kwargs, pad_token_id=self.pad_token_id, relative=self.relative)
+        self.calls += 1
+        for observer in self.observers:
+            observer(self.positions, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.running = True
+            if self.batch is not None and self.batch != self.positions.rows:
+                raise InvalidArgumentError(
+                    f"the edits are made for a batch of {self.batch} rows, but the model got {self.positions.rows}"
+                )
+
+    def _end_call(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.running = False
+
+    def _editor(self, site: str, layer: int):
+        key = (site, layer)
+
+        def hook(module: torch.nn.Module, args: tuple):
+            if not torch.compiler.is_compiling():
+                if key not in self.active:
+                    return None
+                if not self.running:
+                    raise ModelStateError(
+                        "a part of the prepared model was called on its own, so positions are not known; call the "
+                        "module that was given to prepare() or intervene()"
+                    )
+            z = args[0]
+            # OPT flattens tokens before its MLP.
+            view = z if z.dim() == 3 else z.view(self.positions.rows, -1, z.shape[-1])
+            new = patch_heads(view, self.tables[key], self.positions.offset)
+            return None if new is view else (new.view(z.shape), *args[1:])
+
+        return hook
+
+    # Tables.
+
+    def _empty(self, site: str, layer: int, capacity: int, sources: int) -> EditTable:
+        width, _ = site_shape(self.spec, site, layer)
+        accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
+        device = self.device
+        return EditTable(
+            torch.zeros(capacity, COLUMNS, dtype=torch.int32, device=device),
+            torch.zeros(capacity, 2, dtype=accumulate, device=device),
+            torch.zeros(sources, width, dtype=accumulate, device=device),
+        )
+
+    def write(self, new: Tables) -> None:
+        """Make `new` the edits of the model: contents are copied, nothing is traced again while they fit."""
+        for key in self.active - new.tables.keys():
+            self.tables[key].table.zero_()
+        for key, packed in new.tables.items():
+            held = self.tables[key]
+            count, sources = len(packed.table), len(packed.source)
+            if count > len(held.table) or sources > len(held.source):
+                capacity, room = (max(_next_power(n), len(t)) for n, t in ((count, held.table), (sources, held.source)))
+                log.info("layer %d, %s: capacity grows to %d edits, %d source rows", key[1], key[0], capacity, room)
+                held = self.tables[key] = self._empty(*key, capacity, room)
+            held.table[:count] = packed.table.to(self.device)
+            held.table[count:] = 0
+            held.coefficients[:count] = packed.coefficients.to(self.device)
+            held.source[:sources] = packed.source.to(self.device)
+        self.active = frozenset(new.tables)
+        self.batch, self.relative = new.batch, new.relative
+
+    def remove(self) -> None:
+        """Take the hooks off; the model is as it was before `prepare`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        model = self.model()
+        if model is not None:
+            _PREPARED.pop(model, None)
+
+
+def prepare(
+    model: torch.nn.Module, *, spec: ModelSpec | None = None, capacity: int = 64, sources: int = 64
+) -> Prepared:
+    """Install bkdfast's hooks on a model, once, before `torch.compile`.
+
+    Not needed for a model that stays eager: `intervene` and the engines prepare such a model and clean up themselves.
+
+    Args:
+        model: a HuggingFace model of a supported family, or any module with `spec`.
+        spec: where the heads are, when the family is not known.
+        capacity: edits that fit each layer's table. More edits still work, but a compiled model is traced again once.
+        sources: source rows that fit each layer's table, likewise.
+
+    Returns:
+        The handle; `remove()` takes the hooks off. Preparing twice returns the same one.
+
+    Raises:
+        ModelStateError: the model is compiled already; its graph would never run the hooks.
+        UnsupportedModelError: see `bkdfast.hf.describe`.
+
+    Example:
+        >>> import torch, bkdfast as bf
+        >>> from bkdfast.demo import load_pair
+        >>> model = load_pair().tuned
+        >>> handle = bf.prepare(model)
+        >>> compiled = torch.compile(model, fullgraph=True)  # doctest: +SKIP
+        >>> handle.remove()
+    """
+    inner = unwrap(model)
+    if inner in _PREPARED:
+        return _PREPARED[inner]
+    refuse_compiled(model)
+    prepared = Prepared(inner, describe(inner, spec), capacity, sources)
+    prepared.explicit = True
+    _PREPARED[inner] = prepared
+    return prepared
+
+
+def prepared(model: torch.nn.Module) -> Prepared | None:
+    """The handle of a prepared model, None for another."""
+    return _PREPARED.get(unwrap(model))
+
+
+def refuse_compiled(model: torch.nn.Module) -> None:
+    """Raise if `model` or a part of it is compiled: hooks attached now would never run."""
+    compiled = model is not unwrap(model) or any(
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in model.modules()
+    )
+    forward = getattr(model, "forward", None)
+    if compiled or hasattr(forward, "_torchdynamo_orig_callable"):
+        raise ModelStateError(
+            "the model is compiled but was not prepared, so hooks added now would silently never run; call "
+            "bkdfast.prepare(model) before torch.compile(model)"
+        )
+
+
+def refuse_dropout(model: torch.nn.Module) -> None:
+    """Raise if a forward of `model` would drop activations at random."""
+    if not model.training:
+        return
+    for path, part in model.named_modules():
+        rates = {"p": getattr(part, "p", 0.0)} if isinstance(part, torch.nn.modules.dropout._DropoutNd) else {}
+        rates |= {n: v for n, v in vars(part).items() if "dropout" in n and isinstance(v, float)}
+        for name, rate in rates.items():
+            if part.training and isinstance(rate, float) and rate > 0:
+                raise ModelStateError(
+                    f"the model is in train mode and {path or type(part).__name__} has dropout ({name}={rate}); "
+                    "results would be random: call model.eval()"
+                )
+
+
+def _place(model: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Activation dtype and device of a model: those of its first floating-point parameter."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype, parameter.device
+    raise InvalidArgumentError(f"{type(model).__name__} has no floating-point parameters")
+
+
+def _next_power(n: int) -> int:
+    return 1 << max(n - 1, 1).bit_length()

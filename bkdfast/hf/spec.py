@@ -1,0 +1,122 @@
+"""`ModelSpec`: where a model's blocks, heads, projections and norms are. Module paths, no modules.
+
+A spec is data: it can be printed, written by hand for a module that is not from HuggingFace, and made from a config
+without loading weights. `describe(model)` makes one for the known families.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bkdfast.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One transformer block. All fields are module paths from the root of the model.
+
+    Attributes:
+        block: the block itself; its output is the residual stream.
+        out_proj: the attention output projection; its input is z, the per-head outputs `[B, T, H * Dh]`.
+        down_proj: the MLP's down projection; its input is the neuron activations `[B, T, M]`. None where there is no
+            single one (mixture of experts).
+        norms: the block's normalisations in the order in which they run.
+        heads: number of query heads H.
+        head_dim: size Dh of one head's slice of z.
+        neurons: size M of the MLP's hidden layer, None where `down_proj` is None.
+    """
+
+    block: str
+    out_proj: str
+    down_proj: str | None
+    norms: tuple[str, ...]
+    heads: int
+    head_dim: int
+    neurons: int | None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole model: its blocks in order, and what surrounds them. Module paths are relative to the model's root.
+
+    Attributes:
+        family: the HuggingFace `model_type`, or a name of the user's.
+        blocks: one `BlockSpec` a layer.
+        width: D, the size of the residual stream.
+        embedding: token embedding.
+        unembedding: output embedding, None for a model without a language-model head.
+        final_norm: the norm before the unembedding, None where there is none.
+        transposed: the projections store `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
+        causal: attention looks back only.
+        entry: the module that is called with the tokens and the attention mask, once a forward; `""` is the root. For a
+            HuggingFace model it is the base model inside the head: a hook there is traced into the same graph.
+    """
+
+    family: str
+    blocks: tuple[BlockSpec, ...]
+    width: int
+    embedding: str | None = None
+    unembedding: str | None = None
+    final_norm: str | None = None
+    transposed: bool = False
+    causal: bool = True
+    entry: str = ""
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks L."""
+        return len(self.blocks)
+
+    def check(self, model: torch.nn.Module) -> ModelSpec:
+        """Check every path and size of this spec against `model`; returns the spec itself.
+
+        Raises:
+            InvalidArgumentError: a path leads nowhere, or a projection's width is not `heads * head_dim`.
+        """
+        if not self.blocks:
+            raise InvalidArgumentError(f"the spec of family {self.family!r} has no blocks; give at least one BlockSpec")
+        submodule(model, self.entry)
+        for layer, block in enumerate(self.blocks):
+            for path in (block.block, block.out_proj, block.down_proj, *block.norms):
+                if path is not None:
+                    submodule(model, path)
+            _check_width(submodule(model, block.out_proj), block.heads * block.head_dim, layer, block)
+        return self
+
+
+def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """`model.get_submodule(path)` with an error that says what is there instead."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        steps, found = path.split("."), model
+        for i, step in enumerate(steps):
+            children = dict(found.named_children())
+            if step not in children:
+                where = ".".join(steps[:i]) or type(model).__name__
+                raise InvalidArgumentError(
+                    f"the spec names {path!r}, but {where} has no submodule {step!r}; it has {sorted(children)[:12]}"
+                ) from None
+            found = children[step]
+        raise
+
+
+def in_features(projection: torch.nn.Module) -> int | None:
+    """Input width of a projection: `nn.Linear`-likes say it, Conv1D stores `[in, out]`; None where nothing tells."""
+    if isinstance(width := getattr(projection, "in_features", None), int):
+        return width
+    weight = getattr(projection, "weight", None)
+    if hasattr(projection, "nf") and isinstance(weight, torch.Tensor):
+        return weight.shape[0]
+    return None
+
+
+def _check_width(projection: torch.nn.Module, expected: int, layer: int, block: BlockSpec) -> None:
+    found = in_features(projection)
+    if found is not None and found != expected:
+        raise InvalidArgumentError(
+            f"layer {layer}: {block.heads} heads of head_dim {block.head_dim} need a projection with {expected} inputs, "
+            f"but {block.out_proj} has {found}; pass the right heads= and head_dim="
+        )

@@ -1,0 +1,1 @@
+"""Streaming cosine-to-singular-vector monitoring of a running model."""

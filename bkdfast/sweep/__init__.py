@@ -1,0 +1,1 @@
+"""Sweeps: one number per variant and sample, from as few model flops as the algebra allows."""

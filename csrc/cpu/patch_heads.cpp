@@ -1,0 +1,136 @@
+// patch_heads on the CPU: in-place edits of [B, T, S*W] activations by an edit table (bkdfast/ops/patch_heads.py).
+//
+// Floor: the edited cells, read and written once. Threads split the batch rows; within a row edits apply in table order,
+// so the result does not depend on the number of threads even where edits meet.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+// Columns of the table, in the order of bkdfast/ops/edit_table.py.
+enum Column : int64_t { kRow, kOrigin, kStart, kStop, kSlice, kSource, kStride, kColumns };
+
+struct Edits {
+  const int32_t* table;
+  int64_t count;
+  const int32_t* offset;
+  int64_t origins;
+  int64_t offset_stride;
+  int64_t sources;
+  int64_t width;
+};
+
+template <typename T, typename Acc>
+struct Activations {
+  T* data;
+  int64_t rows, tokens, slices;
+  int64_t stride_row, stride_token, stride_cell;
+};
+
+template <typename T, typename Acc>
+inline void edit_token(T* cell, int64_t stride, const Acc* from, int64_t width, Acc a, Acc b) {
+  if (a == 0) {  // z is not read: NaN there does not survive a zero ablation
+    for (int64_t i = 0; i < width; ++i) cell[i * stride] = static_cast<T>(b == 0 ? Acc(0) : b * from[i]);
+  } else if (b == 0) {
+    for (int64_t i = 0; i < width; ++i) cell[i * stride] = static_cast<T>(a * static_cast<Acc>(cell[i * stride]));
+  } else {
+    for (int64_t i = 0; i < width; ++i)
+      cell[i * stride] = static_cast<T>(a * static_cast<Acc>(cell[i * stride]) + b * from[i]);
+  }
+}
+
+template <typename T, typename Acc>
+void edit_row(const Activations<T, Acc>& z, const Edits& edits, const Acc* coefficients, const Acc* source, int64_t row) {
+  for (int64_t e = 0; e < edits.count; ++e) {
+    const int32_t* edit = edits.table + e * kColumns;
+    if (edit[kStart] >= edit[kStop] || (edit[kRow] >= 0 && edit[kRow] != row)) continue;
+    // 64-bit: start - first can leave the 32-bit range when a span is open.
+    const int64_t first = edits.offset[edit[kOrigin] * edits.offset_stride + row];
+    const int64_t begin = std::max<int64_t>(edit[kStart] - first, 0);
+    const int64_t end = std::min<int64_t>(edit[kStop] - first, z.tokens);
+    const Acc a = coefficients[2 * e], b = coefficients[2 * e + 1];
+    T* slice = z.data + row * z.stride_row + edit[kSlice] * edits.width * z.stride_cell;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t entry = edit[kSource] + edit[kStride] * (t + first - edit[kStart]);
+      if (b != 0)
+        STD_TORCH_CHECK(entry >= 0 && entry < edits.sources, "patch_heads: edit ", e, " reads source row ", entry, " of ",
+                        edits.sources);
+      edit_token<T, Acc>(slice + t * z.stride_token, z.stride_cell, source + entry * edits.width, edits.width, a, b);
+    }
+  }
+}
+
+template <typename T, typename Acc>
+void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor& source) {
+  const Activations<T, Acc> view{static_cast<T*>(z.mutable_data_ptr()), z.size(0), z.size(1), z.size(2) / edits.width,
+                                 z.stride(0), z.stride(1), z.stride(2)};
+  int64_t cells = 0;
+  for (int64_t e = 0; e < edits.count; ++e) {
+    const int32_t* edit = edits.table + e * kColumns;
+    if (edit[kStart] >= edit[kStop]) continue;
+    const int64_t span = std::min<int64_t>(static_cast<int64_t>(edit[kStop]) - edit[kStart], view.tokens);
+    cells += span * edits.width * (edit[kRow] < 0 ? view.rows : 1);
+    STD_TORCH_CHECK(edit[kRow] >= -1 && edit[kRow] < view.rows && edit[kOrigin] >= 0 && edit[kOrigin] < edits.origins &&
+                        edit[kSlice] >= 0 && edit[kSlice] < view.slices,
+                    "patch_heads: edit ", e, " addresses row ", edit[kRow], ", origin ", edit[kOrigin], ", slice ",
+                    edit[kSlice], ", but there are ", view.rows, " rows, ", edits.origins, " origins, ", view.slices,
+                    " slices");
+  }
+  const Acc* ab = static_cast<const Acc*>(coefficients.const_data_ptr());
+  const Acc* from = static_cast<const Acc*>(source.const_data_ptr());
+  // Waking a second thread costs more than editing some tens of thousands of cells.
+  const int64_t grain = cells > (1 << 16) ? 1 : view.rows;
+  torch::stable::parallel_for(0, view.rows, std::max<int64_t>(grain, 1), [&](int64_t from_row, int64_t to_row) {
+    for (int64_t row = from_row; row < to_row; ++row) edit_row<T, Acc>(view, edits, ab, from, row);
+  });
+}
+
+void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) {
+  STD_TORCH_CHECK(z.dim() == 3, "patch_heads: z must be [B, T, S*W]");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns && table.scalar_type() == ScalarType::Int &&
+                      table.is_contiguous(),
+                  "patch_heads: table must be a contiguous [E, 7] int32 tensor");
+  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) == table.size(0) && coefficients.size(1) == 2 &&
+                      coefficients.is_contiguous(),
+                  "patch_heads: coefficients must be a contiguous [E, 2] tensor");
+  STD_TORCH_CHECK(source.dim() == 2 && source.is_contiguous() && source.size(1) > 0 && z.size(2) % source.size(1) == 0,
+                  "patch_heads: source must be a contiguous [rows, W] tensor with W dividing z's last dimension");
+  STD_TORCH_CHECK(offset.dim() == 2 && offset.size(1) >= z.size(0) && offset.scalar_type() == ScalarType::Int &&
+                      (offset.size(1) <= 1 || offset.stride(1) == 1),
+                  "patch_heads: offset must be [origins, >=B] int32");
+  const ScalarType acc = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(coefficients.scalar_type() == acc && source.scalar_type() == acc,
+                  "patch_heads: coefficients and source must be float32 (float64 when z is)");
+  const Edits edits{static_cast<const int32_t*>(table.const_data_ptr()),
+                    table.size(0),
+                    static_cast<const int32_t*>(offset.const_data_ptr()),
+                    offset.size(0),
+                    offset.stride(0),
+                    source.size(0),
+                    source.size(1)};
+  switch (z.scalar_type()) {
+    case ScalarType::Float: return run<float, float>(z, edits, coefficients, source);
+    case ScalarType::Double: return run<double, double>(z, edits, coefficients, source);
+    case ScalarType::BFloat16: return run<c10::BFloat16, float>(z, edits, coefficients, source);
+    case ScalarType::Half: return run<c10::Half, float>(z, edits, coefficients, source);
+    default: STD_TORCH_CHECK(false, "patch_heads: z must be float16, bfloat16, float32 or float64");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bkdfast, CPU, m) {
+  m.impl("patch_heads", TORCH_BOX(&patch_heads));
+}
