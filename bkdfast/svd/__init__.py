@@ -1,0 +1,8 @@
+"""Singular vectors of weight deltas, streamed from two models or checkpoints, and the monitor directions they give."""
+
+from bkdfast.svd.delta import delta_svd
+from bkdfast.svd.directions import Directions, delta_directions
+from bkdfast.svd.names import weights_hash
+from bkdfast.svd.result import DeltaSVD, TensorDelta
+
+__all__ = ["DeltaSVD", "Directions", "TensorDelta", "delta_directions", "delta_svd", "weights_hash"]

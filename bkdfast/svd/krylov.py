@@ -1,0 +1,279 @@
+"""Leading singular triplets of D = W1 - W0 by block Krylov iteration over `delta_sketch`.
+
+Each pass reads both matrices once and gives Y = D X and Z = D^T D X of one block X. With Q the orthonormal blocks so
+far, Y = D Q and Z = D^T D Q, Rayleigh-Ritz on the right takes the SVD Y = U S W^T and V = Q W. Then D v = s u by
+construction, and the other residual needs no further read:
+
+    D^T u - s v = (Z w - s^2 Q w) / s
+
+The next block is the part of the newest Z that Q does not span yet. Column j of the stored Z is rounded by about
+eps ||D||_F |y_j|, so the residual of triplet i is uncertain by eps ||D||_F |(|y_j| w_ji)_j| / s_i, which is s_1 / s_i
+times more than it need be where every column holds a part of the first triplet. Once only that uncertainty is left, one
+pass on the Ritz vectors themselves (`_realign`) brings it down to eps ||D||_F, the floor of any method in this
+precision.
+
+Matrices with a small side are decomposed directly, in float64.
+
+Sources: Halko, Martinsson & Tropp 2011 (SIAM Review 53(2)) for the random start block and oversampling; Musco & Musco
+2015 (NeurIPS) for block Krylov.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bkdfast.errors import NonFiniteError
+from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
+from bkdfast.svd.numerics import full_precision, threads
+
+DENSE_SIDE = 256
+_OVERSAMPLING = 8
+_WIDTH = 16
+# Rounding of a column of D X in units of eps ||D||_F: at most 1 in float32 trials of 300 to 4096 columns, doubled.
+_FLOOR = 2.0
+# Directions of the next block with less than this many times the rounding of Z are rounding.
+_SIGNAL = 4.0
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Leading singular triplets of one delta; tensors are on the CPU.
+
+    Attributes:
+        u: left singular vectors `[m, k]`, float32 (float64 when both weights are).
+        s: singular values `[k]`, float64, descending.
+        v: right singular vectors `[n, k]`, u's dtype.
+        residual: `||D^T u - s v||` of each triplet `[k]`, float64, rounding included: an upper bound, in units of s.
+        frobenius: `||D||_F`.
+        changed: number of entries that differ.
+        passes: how often both matrices were read.
+        converged: every residual is below `tolerance * s` or at the rounding floor.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    residual: Tensor
+    frobenius: float
+    changed: int
+    passes: int
+    converged: bool
+
+
+def leading_triplets(
+    w0: Tensor,
+    w1: Tensor,
+    *,
+    rank: int,
+    tolerance: float = 1e-4,
+    max_passes: int = 12,
+    seed: int = 0,
+    backend: str | None = None,
+) -> Triplets:
+    """The `rank` leading singular triplets of `w1 - w0`, fewer where the delta's numerical rank is lower.
+
+    Args:
+        w0: base weights `[m, n]`, on w1's device.
+        w1: tuned weights `[m, n]`.
+        rank: number of triplets, at most min(m, n).
+        tolerance: stop when every `||D^T u - s v|| <= tolerance * s` (dimensionless); less than the rounding floor
+            `2 eps ||D||_F` is not asked for.
+        max_passes: reads of both matrices at most.
+        seed: of the random start block.
+        backend: of `delta_sketch`.
+
+    Returns:
+        The triplets, each with the sign that makes the largest entry of u positive. Peak memory beside the weights is
+        about `8 * passes * width * (m + 2 n)` bytes, with `width` = rank plus oversampling, padded to 16.
+
+    Raises:
+        NonFiniteError: the delta has NaN or infinity.
+    """
+    width, callers = block_width(rank), torch.get_num_threads()
+    with full_precision(), threads(1), torch.no_grad():
+        if min(w0.shape) <= DENSE_SIDE or 4 * width > min(w0.shape):
+            return _dense(w0, w1, rank, backend)
+        return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed)
+
+
+def block_width(rank: int) -> int:
+    """Columns of a block: rank plus oversampling, padded to 16 (narrow products are slower per column)."""
+    return -(-(rank + _OVERSAMPLING) // _WIDTH) * _WIDTH
+
+
+class _Operator:
+    """`delta_sketch` of one pair: scaled so that Z = D^T D X neither overflows nor vanishes, results in float64."""
+
+    def __init__(self, w0: Tensor, w1: Tensor, backend: str | None, callers: int) -> None:
+        self.w0, self.w1, self.backend, self.callers = w0, w1, backend, callers
+        self.dtype = sketch_dtype(w0, w1)
+        self.scale = 1.0
+        self.passes = 0
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, DeltaSketch]:
+        with threads(self.callers):
+            sketch = delta_sketch(self.w0, self.w1, (x * self.scale).to(self.dtype), backend=self.backend)
+        self.passes += 1
+        return sketch.y.double() / self.scale, sketch.z.double() / self.scale, sketch
+
+    def first(self, x: Tensor) -> tuple[Tensor, Tensor, float, int]:
+        y, z, sketch = self(x)
+        frobenius, changed = _norm_and_count(sketch)
+        if frobenius > 0 and not 1e-12 < frobenius < 1e12:
+            self.scale = 2.0 ** -round(math.log2(frobenius))
+            y, z, _ = self(x)
+        return y, z, frobenius, changed
+
+
+class _Basis:
+    """Q, Z = D^T D Q and the left factorisation D Q = P R of the blocks so far, all float64.
+
+    `noise` is the rounding of a column of D X; that of column j of Z is `noise * size[j]`, with `size` = |D q_j|.
+    """
+
+    def __init__(self, q: Tensor, y: Tensor, z: Tensor, noise: float) -> None:
+        self.noise = noise
+        self.q, self.z = q, z  # [n, w]
+        self.p, self.r = torch.linalg.qr(y)  # [m, w], [w, w]
+        self.size = torch.linalg.vector_norm(y, dim=0)  # [w]
+        self.newest = q.shape[1]
+
+    def append(self, q: Tensor, y: Tensor, z: Tensor) -> None:
+        rest, coefficients = _project_out(y, self.p)
+        p, r = torch.linalg.qr(rest)
+        below = self.r.new_zeros(r.shape[0], self.r.shape[1])
+        self.r = torch.cat((torch.cat((self.r, coefficients), 1), torch.cat((below, r), 1)))
+        self.p = torch.cat((self.p, p), 1)
+        self.q, self.z = torch.cat((self.q, q), 1), torch.cat((self.z, z), 1)
+        self.size = torch.cat((self.size, torch.linalg.vector_norm(y, dim=0)))
+        self.newest = q.shape[1]
+
+    @property
+    def single(self) -> bool:
+        """One block only."""
+        return self.newest == self.q.shape[1]
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U_R, s, W with R = U_R diag(s) W^T."""
+        u, s, wt = torch.linalg.svd(self.r)
+        return u, s, wt.T
+
+    def residual(self, s: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """`||D^T u - s v||` of the given Ritz triplets from the stored Z, and its uncertainty by rounding."""
+        residual = torch.linalg.vector_norm(self.z @ w - (self.q @ w) * s.square(), dim=0) / s
+        uncertainty = self.noise * torch.linalg.vector_norm(self.size[:, None] * w, dim=0) / s
+        return residual, uncertainty
+
+    def next_block(self) -> Tensor:
+        """An orthonormal basis of what the newest Z adds to Q; without columns where that is only rounding."""
+        z, size = self.z[:, -self.newest :], self.size[-self.newest :]
+        # In units of its own rounding, a weak column counts like a strong one.
+        z = z[:, size > 0] / (self.noise * size[size > 0])
+        rest, _ = _project_out(z, self.q)
+        block, signal, _ = torch.linalg.svd(rest, full_matrices=False)
+        room = self.p.shape[0] - self.q.shape[1]
+        block = block[:, signal > _SIGNAL][:, : max(room, 0)]
+        # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q.
+        return torch.linalg.qr(_project_out(block, self.q)[0])[0]
+
+
+def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int) -> Triplets:
+    m, n = operator.w0.shape
+    x = _start_block(n, width, seed, operator)
+    y, z, frobenius, changed = operator.first(x)
+    if frobenius == 0:
+        return _nothing(m, n, operator.dtype, changed, operator.passes)
+    floor = _FLOOR * torch.finfo(operator.dtype).eps * frobenius
+    basis = _Basis(x, y, z, floor)
+    while True:
+        u, s, w = basis.ritz()
+        k = min(rank, int((s > floor).sum()))
+        s, w = s[:k], w[:, :k]
+        residual, uncertainty = basis.residual(s, w)
+        failing = residual > tolerance * s + floor
+        if operator.passes >= max_passes or (operator.passes > 1 and not failing.any()):
+            break
+        only_rounding = not basis.single and bool((residual <= uncertainty)[failing].all())
+        x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
+        if x.shape[1] > 0:
+            x = _rounded(x, operator.dtype)
+            y, z, _ = operator(x)
+            basis.append(x, y, z)
+        elif not basis.single:
+            basis = _realign(basis, operator, width)
+        else:
+            break
+    return Triplets(
+        *_finish(basis.p @ u[:, :k], s, basis.q @ w, operator.dtype),
+        residual=(residual + uncertainty).cpu(),
+        frobenius=frobenius,
+        changed=changed,
+        passes=operator.passes,
+        converged=not bool(failing.any()),
+    )
+
+
+def _realign(basis: _Basis, operator: _Operator, width: int) -> _Basis:
+    """A fresh basis of the leading Ritz vectors: one pass, and every column of Z has the size of its own triplet."""
+    _, _, w = basis.ritz()
+    x = _rounded(torch.linalg.qr(basis.q @ w[:, :width])[0], operator.dtype)
+    y, z, _ = operator(x)
+    return _Basis(x, y, z, basis.noise)
+
+
+def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
+    (m, n), dtype = w0.shape, sketch_dtype(w0, w1)
+    frobenius, changed = _norm_and_count(delta_sketch(w0, w1, w0.new_empty((n, 0), dtype=dtype), backend=backend))
+    if frobenius == 0:
+        return _nothing(m, n, dtype, changed, passes=1)
+    delta = w1.double() - w0.double()
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    k = min(rank, int((s > _FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
+    u, s, v = u[:, :k], s[:k], vt[:k].T
+    residual = torch.linalg.vector_norm(delta.T @ u - s * v, dim=0)
+    rounding = _FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
+    return Triplets(*_finish(u, s, v, dtype), (residual + rounding).cpu(), frobenius, changed, passes=1, converged=True)
+
+
+def _norm_and_count(sketch: DeltaSketch) -> tuple[float, int]:
+    squared = sketch.frobenius_sq.item()
+    if not math.isfinite(squared):
+        raise NonFiniteError("the delta has NaN or infinity")
+    return math.sqrt(squared), int(sketch.changed.item())
+
+
+def _nothing(m: int, n: int, dtype: torch.dtype, changed: int, passes: int) -> Triplets:
+    empty = torch.empty(0, dtype=torch.float64)
+    u, v = torch.empty(m, 0, dtype=dtype), torch.empty(n, 0, dtype=dtype)
+    return Triplets(u, empty, v, empty.clone(), 0.0, changed, passes, True)
+
+
+def _finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Fix the signs (the largest |u_i| is positive) and round, on the CPU."""
+    if u.shape[1] > 0:
+        largest = u.gather(0, u.abs().argmax(0, keepdim=True))  # [1, k]
+        u, v = u * largest.sign(), v * largest.sign()
+    return u.to("cpu", dtype).contiguous(), s.cpu(), v.to("cpu", dtype).contiguous()
+
+
+def _start_block(n: int, width: int, seed: int, operator: _Operator) -> Tensor:
+    # A CPU generator: the same block on every device.
+    gaussian = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return _rounded(torch.linalg.qr(gaussian.to(operator.w0.device))[0], operator.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values that the sketch sees exactly; orthonormal to that dtype's rounding only."""
+    return x.to(dtype).double()
+
+
+def _project_out(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """`x - B B^T x`, twice (Gram-Schmidt is accurate then), and the coefficients."""
+    first = basis.T @ x
+    x = x - basis @ first
+    second = basis.T @ x
+    return x - basis @ second, first + second

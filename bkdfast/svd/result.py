@@ -1,0 +1,189 @@
+"""What `delta_svd` returns: `TensorDelta` for one weight, `DeltaSVD` for a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bkdfast.errors import CheckpointError
+from bkdfast.svd.artifact import read_artifact, write_artifact
+
+if TYPE_CHECKING:
+    import pandas
+
+_KIND = "delta_svd"
+_SCALARS = ("frobenius", "changed", "passes", "converged", "note")
+
+
+@dataclass(frozen=True, eq=False)
+class TensorDelta:
+    """Leading singular triplets of `tuned - base` of one weight, as stored: `delta ~ u @ diag(s) @ v.T`.
+
+    Attributes:
+        name: the tensor's name in the tuned model.
+        shape: `(m, n)`.
+        u: left singular vectors `[m, k]`, unit columns, float32 (float64 when both weights are); the sign makes the
+            largest entry of each positive.
+        s: singular values `[k]`, float64, descending, in the weights' unit.
+        v: right singular vectors `[n, k]`.
+        residual: `||delta^T u - s v||` of each triplet `[k]`, float64, rounding included; `delta v = s u` holds to
+            rounding. Divided by the gap to the rest of the spectrum it bounds the vectors' angle, provided that no
+            larger triplet was missed.
+        frobenius: `||delta||_F`, from all entries.
+        changed: number of entries that differ.
+        passes: how often both matrices were read.
+        converged: every residual is below `tolerance * s`, or as small as rounding allows.
+        note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".
+    """
+
+    name: str
+    shape: tuple[int, int]
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    residual: Tensor
+    frobenius: float
+    changed: int
+    passes: int
+    converged: bool = True
+    note: str = ""
+
+    @property
+    def rank(self) -> int:
+        """Number of triplets k: what was asked for, or the delta's numerical rank where that is lower."""
+        return self.s.shape[0]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether no entry differs."""
+        return self.changed == 0
+
+    @property
+    def energy(self) -> float:
+        """Share of the delta's squared Frobenius norm in these triplets, 0 to 1; 0 for a zero delta."""
+        return float(self.s.square().sum()) / self.frobenius**2 if self.frobenius > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DeltaSVD(Mapping[str, TensorDelta]):
+    """The `TensorDelta` of every compared weight, by its name in the tuned model, and what was not compared.
+
+    Attributes:
+        tensors: the results; the object itself is a mapping over them.
+        only_in_base: names that the tuned model lacks.
+        only_in_tuned: names that the base model lacks.
+        skipped: name -> why it was not compared (not 2-D, not floating point). Names that `include` and `exclude`
+            leave out are not listed.
+        tied: name -> the name under which the same storage was compared.
+        metadata: labels and hashes of both sides, settings, seed, versions.
+    """
+
+    tensors: dict[str, TensorDelta]
+    only_in_base: tuple[str, ...] = ()
+    only_in_tuned: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> TensorDelta:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        text = f"DeltaSVD({len(self)} tensors, {len(self.unchanged)} unchanged, {len(self.skipped)} skipped"
+        if self.tensors:
+            top = max(self.tensors.values(), key=lambda delta: delta.frobenius)
+            text += f", largest delta {top.frobenius:.3g} in {top.name}"
+        return text + ")"
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """Names of the compared weights in which no entry differs."""
+        return tuple(name for name, delta in self.tensors.items() if delta.unchanged)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per tensor, indexed by name: shape, rank, s_1, Frobenius norm, energy, changed share, convergence.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install 'bkdfast[viz]'") from error
+        rows = [
+            {
+                "name": delta.name,
+                "rows": delta.shape[0],
+                "columns": delta.shape[1],
+                "rank": delta.rank,
+                "largest_s": float(delta.s[0]) if delta.rank else 0.0,
+                "smallest_s": float(delta.s[-1]) if delta.rank else 0.0,
+                "frobenius": delta.frobenius,
+                "energy": delta.energy,
+                "changed": delta.changed,
+                "changed_share": delta.changed / max(1, delta.shape[0] * delta.shape[1]),
+                "relative_residual": float((delta.residual / delta.s).max()) if delta.rank else 0.0,
+                "passes": delta.passes,
+                "converged": delta.converged,
+                "note": delta.note,
+            }
+            for delta in self.tensors.values()
+        ]
+        columns = list(rows[0]) if rows else ["name"]
+        return pd.DataFrame(rows, columns=columns).set_index("name")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file with JSON metadata, whole or not at all.
+
+        Raises:
+            CheckpointError: the folder does not exist.
+            OSError: the file cannot be written.
+        """
+        tensors, entries = {}, {}
+        for name, delta in self.tensors.items():
+            for part in ("u", "s", "v", "residual"):
+                tensors[f"{name}.{part}"] = getattr(delta, part)
+            entries[name] = {key: getattr(delta, key) for key in _SCALARS}
+        metadata = {
+            "tensors": entries,
+            "only_in_base": list(self.only_in_base),
+            "only_in_tuned": list(self.only_in_tuned),
+            "skipped": self.skipped,
+            "tied": self.tied,
+            "metadata": self.metadata,
+        }
+        write_artifact(path, _KIND, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DeltaSVD:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or something else.
+        """
+        tensors, metadata = read_artifact(path, _KIND)
+        try:
+            deltas = {}
+            for name, scalars in metadata["tensors"].items():
+                u, s, v, residual = (tensors[f"{name}.{part}"] for part in ("u", "s", "v", "residual"))
+                scalars = {key: scalars[key] for key in _SCALARS}
+                deltas[name] = TensorDelta(name, (u.shape[0], v.shape[0]), u, s, v, residual, **scalars)
+                if not (u.shape[1] == v.shape[1] == s.shape[0] == residual.shape[0]):
+                    raise CheckpointError(f"{path}: the parts of {name} do not have one rank")
+                if not all(torch.isfinite(part).all() for part in (u, s, v, residual)):
+                    raise CheckpointError(f"{path}: {name} has NaN or infinity")
+            only = tuple(metadata["only_in_base"]), tuple(metadata["only_in_tuned"])
+            return cls(deltas, *only, metadata["skipped"], metadata["tied"], metadata["metadata"])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{path} lacks {error}; it is not a complete {_KIND} file") from error

@@ -1,0 +1,173 @@
+"""`delta_sketch` against float64, over shapes, strides and dtypes."""
+
+import pytest
+import torch
+
+from bkdfast.errors import BackendError, InvalidArgumentError, InvalidTypeError
+from bkdfast.ops import delta_sketch as module
+from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SHAPES = [(7, 5, 3), (64, 48, 16), (33, 129, 1), (1, 9, 2), (9, 1, 2), (300, 17, 8)]
+DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP64, FP64), (BF16, FP32), (FP16, BF16), (FP64, FP32)]
+EMPTY = [(0, 5, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)]
+
+
+def make(m, n, k, dtypes=(FP32, FP32), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    w0 = torch.randn(m, n, generator=g, dtype=FP64).to(dtypes[0])
+    w1 = (w0.double() + 0.1 * torch.randn(m, n, generator=g, dtype=FP64) * (torch.rand(m, n, generator=g) < 0.7)).to(
+        dtypes[1]
+    )
+    return w0, w1, torch.randn(n, k, generator=g, dtype=FP64).to(sketch_dtype(w0, w1))
+
+
+def check(w0, w1, x, **kwargs):
+    """The four results against float64, within a few roundings of each sum's absolute values."""
+    got = delta_sketch(w0, w1, x, **kwargs)
+    delta, eps = w1.double() - w0.double(), torch.finfo(x.dtype).eps
+    y = delta @ x.double()
+    bound_y = delta.abs() @ x.double().abs()
+    bound_z = delta.abs().T @ bound_y
+    assert ((got.y.double() - y).abs() <= 8 * eps * bound_y).all()
+    assert ((got.z.double() - delta.T @ y).abs() <= 16 * eps * bound_z).all()
+    torch.testing.assert_close(got.frobenius_sq, delta.square().sum(), rtol=2 * eps, atol=0)
+    assert got.changed.item() == (delta != 0).sum().item()
+    assert got.y.dtype == got.z.dtype == x.dtype
+    assert got.frobenius_sq.dtype == FP64 and got.changed.dtype == torch.int64
+    assert got.y.shape == (w0.shape[0], x.shape[1]) and got.z.shape == x.shape
+    return got
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, dtypes):
+    got = check(*make(*shape, dtypes))
+    assert got.changed > 0
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_backends_agree_with_float64(backend):
+    check(*make(40, 30, 4), backend=backend)
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_empty(shape):
+    got = check(*make(*shape))
+    assert got.y.shape == (shape[0], shape[2]) and got.z.shape == (shape[1], shape[2])
+
+
+def test_panels_cover_every_row(monkeypatch):
+    monkeypatch.setattr(module, "_PANEL", 64)
+    check(*make(37, 13, 5))  # panels of 4 rows, the last one of 1
+    check(*make(3, 200, 5))  # a row longer than a panel
+
+
+def test_strides():
+    w0, w1, _ = make(24, 18, 1)
+    x = torch.randn(24, 6)[:, ::2]
+    check(w0.T, w1.T, x)
+    check(w0.T, w1.T.contiguous(), x)
+    check(w0[::2, 3:], w1[::2, 3:], torch.randn(15, 2))
+    check(w0[:1].expand(5, 18), w1[:5], torch.randn(18, 2))
+
+
+def test_no_change_is_exactly_zero():
+    w0, _, x = make(20, 10, 4, (BF16, BF16))
+    got = delta_sketch(w0, w0.float(), x)  # the same values in another dtype
+    assert got.changed == 0 and got.frobenius_sq == 0 and not got.y.any() and not got.z.any()
+    assert delta_sketch(torch.zeros(2, 2), -torch.zeros(2, 2), torch.eye(2)).changed == 0
+
+
+def test_one_changed_entry_is_found():
+    w0, _, x = make(1000, 333, 2)
+    w1 = w0.clone()
+    w1[999, 332] += 1
+    got = check(w0, w1, x)
+    assert got.changed == 1 and got.y[:999].abs().max() == 0 and got.y[999].abs().max() > 0
+
+
+def test_squares_of_tiny_deltas_do_not_vanish():
+    w1 = torch.full((10, 10), 1e-25)
+    got = delta_sketch(torch.zeros(10, 10), w1, torch.eye(10))
+    assert got.frobenius_sq.item() == pytest.approx(1e-48, rel=1e-6)
+
+
+def test_double_minus_single_is_taken_in_double():
+    w0 = torch.ones(4, 4)
+    w1 = torch.full((4, 4), 1 + 1e-10, dtype=FP64)
+    got = delta_sketch(w0, w1, torch.eye(4))
+    assert got.changed == 16 and got.frobenius_sq.item() == pytest.approx(16e-20, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["base", "tuned", "both"])
+def test_non_finite_shows_in_the_norm(value, side):
+    w0, w1, x = make(30, 20, 3)
+    for name, weight in (("base", w0), ("tuned", w1)):
+        if side in (name, "both"):
+            weight[4, 5] = value
+    got = delta_sketch(w0, w1, x)
+    assert not torch.isfinite(got.frobenius_sq)
+    assert not torch.isfinite(got.y[4]).any() and torch.isfinite(got.y[:4]).all()
+
+
+def test_input_is_not_changed():
+    w0, w1, x = make(30, 20, 3)
+    before = [t.clone() for t in (w0, w1, x)]
+    delta_sketch(w0, w1, x)
+    assert all(torch.equal(a, b) for a, b in zip(before, (w0, w1, x), strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtypes, view", [((FP32, FP32), False), ((BF16, FP16), False), ((FP64, FP64), False), ((FP32, FP32), True)]
+)
+def test_opcheck(dtypes, view):
+    w0, w1, x = make(12, 12, 4, dtypes)
+    torch.library.opcheck(torch.ops.bkdfast.delta_sketch.default, (w0.T, w1.T, x) if view else (w0, w1, x))
+
+
+def test_compiles_into_one_graph():
+    def relative(w0, w1, x):
+        sketch = delta_sketch(w0, w1, x)
+        return sketch.y / sketch.frobenius_sq.sqrt(), sketch.z, sketch.changed
+
+    w0, w1, x = make(15, 11, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(relative, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(w0, w1, x), relative(w0, w1, x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_result_is_named():
+    assert isinstance(delta_sketch(*make(3, 3, 1)), DeltaSketch)
+
+
+@pytest.mark.parametrize(
+    "w0, w1, x, error, says",
+    [
+        (torch.ones(3, 4), torch.ones(4, 3), torch.ones(4, 1), InvalidArgumentError, r"\(3, 4\) and \(4, 3\)"),
+        (torch.ones(3), torch.ones(3), torch.ones(3, 1), InvalidArgumentError, "two matrices"),
+        (torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 1), InvalidArgumentError, "n = 4"),
+        (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4), InvalidArgumentError, r"\(4,\)"),
+        (torch.ones(3, 4).int(), torch.ones(3, 4), torch.ones(4, 1), InvalidTypeError, "w0 is torch.int32"),
+        (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4, 1).half(), InvalidTypeError, "x must be torch.float32"),
+        (torch.ones(3, 4).double(), torch.ones(3, 4).double(), torch.ones(4, 1), InvalidTypeError, "torch.float64"),
+        (torch.ones(3, 4), torch.ones(3, 4, device="meta"), torch.ones(4, 1), InvalidArgumentError, "one device"),
+        (torch.ones(3, 4, requires_grad=True), torch.ones(3, 4), torch.ones(4, 1), InvalidArgumentError, "no gradient"),
+    ],
+)
+def test_bad_arguments(w0, w1, x, error, says):
+    with pytest.raises(error, match=says):
+        delta_sketch(w0, w1, x)
+
+
+def test_parameters_are_fine_without_grad_mode():
+    w = torch.ones(3, 4, requires_grad=True)
+    with torch.no_grad():
+        assert delta_sketch(w, w, torch.ones(4, 1)).changed == 0
+
+
+def test_unknown_backend():
+    with pytest.raises(BackendError, match="not one of"):
+        delta_sketch(*make(3, 3, 1), backend="abacus")
