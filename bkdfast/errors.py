@@ -36,3 +36,7 @@ class NonFiniteError(BkdfastError, ValueError):
 
 class BackendError(BkdfastError, RuntimeError):
     """The requested backend cannot serve this op here; the message says why."""
+
+
+class VerificationError(BkdfastError, AssertionError):
+    """A re-check found a result that differs from the plain computation by more than rounding."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 import torch
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.edits import HEADS, NEURONS, At, Edit
 from bkdfast.hf.spec import ModelSpec
-from bkdfast.ops.edit_table import ALL_ROWS, FIRST, LAST, OPEN, EditTable
+from bkdfast.ops.edit_table import ALL_ROWS, FIRST, LAST, OPEN, ROW, EditTable
 
 NAMED: dict[str, tuple[int, int, int]] = {
     "all": (FIRST, -OPEN, OPEN),
@@ -45,9 +47,20 @@ class Tables:
     relative: bool = False
     """Some edit counts from the end of the prompt."""
 
+    @property
+    def rows(self) -> int:
+        """Number of batch rows that the edits need at least."""
+        return max((int(t.table[:, ROW].max()) + 1 for t in self.tables.values() if len(t.table)), default=0)
+
 
 def lower(
-    edits: Iterable[Edit], spec: ModelSpec, *, dtype: torch.dtype, variants: Sequence[Iterable[Edit]] = (), batch: int = 0
+    edits: Iterable[Edit],
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    variants: Sequence[Iterable[Edit]] = (),
+    batch: int = 0,
+    last: Sequence[int] | None = None,
 ) -> Tables:
     """Check edits against the model and make their tables.
 
@@ -58,6 +71,8 @@ def lower(
         variants: instead of `edits`: one list of edits for each variant of a batch of `len(variants) * batch` rows, in
             which variant v has rows `[v * batch, (v + 1) * batch)`.
         batch: rows of one variant.
+        last: for rows that hold more than the prompt (teacher-forced targets): the position of each row's last prompt
+            token, counted from its first real token. None: the prompt ends where the row does.
 
     Raises:
         InvalidArgumentError: a layer, head, neuron, row or position is out of range, a source has the wrong shape, or two
@@ -68,10 +83,10 @@ def lower(
     if variants:
         for v, variant in enumerate(variants):
             for edit in variant:
-                _lower_one(edit, spec, rows, v * batch, batch, batches)
+                _lower_one(edit, spec, rows, v * batch, batch, batches, last)
     else:
         for edit in edits:
-            _lower_one(edit, spec, rows, 0, None, batches)
+            _lower_one(edit, spec, rows, 0, None, batches, last)
     if len(batches) > 1:
         raise InvalidArgumentError(f"edits are made for batches of different sizes: {sorted(batches)} rows")
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -101,17 +116,26 @@ def site_shape(spec: ModelSpec, site: str, layer: int) -> tuple[int, int]:
 
 
 def _lower_one(
-    edit: Edit, spec: ModelSpec, rows: dict[Key, _Rows], base: int, count: int | None, batches: set[int]
+    edit: Edit,
+    spec: ModelSpec,
+    rows: dict[Key, _Rows],
+    base: int,
+    count: int | None,
+    batches: set[int],
+    last: Sequence[int] | None,
 ) -> None:
     if not isinstance(edit, Edit):
         raise InvalidTypeError(f"expected an edit (Zero, Mean, Resample, Patch, Scale, Add), got {type(edit).__name__}")
     layers = _indices(edit.layer, spec.layers, "layer", "the model")
     chosen = edit.head if edit.site == HEADS else edit.neuron
+    spans = positions(edit.at)
+    if last is not None and spans[0][0] == LAST:
+        _, start, stop = spans[0]
+        spans = [(FIRST, _shift(start, end), _shift(stop, end)) for end in last]
     for layer in layers:
         width, slices = site_shape(spec, edit.site, layer)
         pieces = _indices(chosen, slices, edit.site[:-1], f"layer {layer}")
         source, per_row, tokens = _source(edit, layer, pieces, width, slices, spec.layers)
-        spans = positions(edit.at)
         if per_row is not None:
             batches.add(per_row)
             if count is not None and per_row != count:
@@ -124,9 +148,9 @@ def _lower_one(
             first = r.add_source(source[:, :, i].reshape(-1, width)) if source is not None else 0
             for row in targets:
                 origin, start, stop = spans[row if len(spans) > 1 else 0]
-                if tokens > 1:
+                if tokens:
                     stop = _bounded(edit, start, stop, tokens)
-                entry = first + (max(row, 0) * tokens if per_row is not None else 0)
+                entry = first + (max(row, 0) * max(tokens, 1) if per_row is not None else 0)
                 place = base + row if row >= 0 else ALL_ROWS
                 r.edits.append((place, origin, start, stop, piece, entry, int(tokens > 1)))
                 r.coefficients.append((edit.a, edit.b))
@@ -144,6 +168,10 @@ def _targets(edit: Edit, spans: list, per_row: int | None, count: int | None) ->
     return [ALL_ROWS] if known is None else list(range(known))
 
 
+def _shift(position: int, by: int) -> int:
+    return position if abs(position) >= OPEN else position + by
+
+
 def _bounded(edit: Edit, start: int, stop: int, tokens: int) -> int:
     """The end of a span that reads one source row a token: at most as many tokens as the source has."""
     if start <= -OPEN:
@@ -156,7 +184,7 @@ def _bounded(edit: Edit, start: int, stop: int, tokens: int) -> int:
 def _indices(chosen, count: int, name: str, where: str) -> list[int]:
     if chosen is None:
         return list(range(count))
-    found = [chosen] if isinstance(chosen, int) else [int(i) for i in chosen]
+    found = [operator.index(i) for i in ([chosen] if _is_int(chosen) else chosen)]
     if len(set(found)) != len(found):
         raise InvalidArgumentError(f"{name}s {found} name one {name} twice")
     for index in found:
@@ -168,24 +196,24 @@ def _indices(chosen, count: int, name: str, where: str) -> list[int]:
 def _source(
     edit: Edit, layer: int, pieces: list[int], width: int, slices: int, layers: int
 ) -> tuple[torch.Tensor | None, int | None, int]:
-    """The source as `[B or 1, T or 1, len(pieces), W]`, with B where it is given for each row, and T (1 without)."""
+    """The source as `[B or 1, T or 1, len(pieces), W]`, with B where it is given for each row, and T (0 without)."""
     source = edit.source
     if source is None:
-        return None, None, 1
+        return None, None, 0
     if edit.site == NEURONS:
         source = source.unsqueeze(-1)
     source = source.detach()
     shape = tuple(source.shape)
     if shape == (width,):
-        return source.expand(1, 1, len(pieces), width), None, 1
+        return source.expand(1, 1, len(pieces), width), None, 0
     if shape == (len(pieces), width):
-        return source[None, None], None, 1
+        return source[None, None], None, 0
     if shape[-3:] == (layers, slices, width) and len(shape) in (3, 4, 5):
         at_layer = source[..., layer, pieces, :]
         if len(shape) == 3:
-            return at_layer[None, None], None, 1
+            return at_layer[None, None], None, 0
         if len(shape) == 4:
-            return at_layer[:, None], shape[0], 1
+            return at_layer[:, None], shape[0], 0
         return at_layer, shape[0], shape[1]
     unit = "[Dh]" if edit.site == HEADS else "a scalar"
     raise InvalidArgumentError(
@@ -194,17 +222,25 @@ def _source(
     )
 
 
+def _is_int(value) -> bool:
+    """An int of Python, NumPy or a 0-d tensor; arrays have `__index__` too."""
+    return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
+
+
 def positions(at: At) -> list[tuple[int, int, int]]:
     """(origin, start, stop) of a position argument: one, or one for each row."""
     if isinstance(at, str):
         if at not in NAMED:
             raise InvalidArgumentError(f"at={at!r} is not one of {sorted(NAMED)}, an int, a slice or a list of ints")
         return [NAMED[at]]
-    if isinstance(at, int):
-        return [(FIRST, at, at + 1) if at >= 0 else (LAST, at + 1, at + 2)]
     if isinstance(at, slice):
         return [_slice(at)]
-    found = [int(position) for position in at]
+    if _is_int(at):
+        at = operator.index(at)
+        return [(FIRST, at, at + 1) if at >= 0 else (LAST, at + 1, at + 2)]
+    if not isinstance(at, Iterable):
+        raise InvalidTypeError(f"at={at!r} is not one of {sorted(NAMED)}, an int, a slice or a list of ints")
+    found = [operator.index(position) for position in at]
     if not found or min(found) < 0:
         raise InvalidArgumentError(f"at={found}: positions for each row must be given, and count from the start (>= 0)")
     return [(FIRST, position, position + 1) for position in found]

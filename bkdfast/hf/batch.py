@@ -1,0 +1,66 @@
+"""Tokenised batches: one or many, checked, with positions that do not depend on padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from bkdfast.errors import InvalidArgumentError, InvalidTypeError
+from bkdfast.hf.families import unwrap
+from bkdfast.hf.positions import prompt_ends
+from bkdfast.hf.spec import ModelSpec
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def batches(data: Batch | Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
+    """One batch or many, as an iterator of checked dicts.
+
+    Raises:
+        InvalidTypeError: not a mapping with `input_ids`.
+        InvalidArgumentError: no batch at all, an empty batch, or a row without a real token.
+    """
+    empty = True
+    for batch in [data] if isinstance(data, Mapping) else data:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise InvalidTypeError(
+                "expected tokenised batches: dicts with input_ids [B, T] and attention_mask, as "
+                f"tokenizer(texts, return_tensors='pt', padding=True) returns; got {type(batch).__name__}"
+            )
+        ids = batch["input_ids"]
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or 0 in ids.shape:
+            raise InvalidArgumentError(
+                f"input_ids must be a non-empty tensor [B, T], got {tuple(getattr(ids, 'shape', ()))}; "
+                "tokenise with return_tensors='pt' and padding=True"
+            )
+        prompt_ends(batch)
+        empty = False
+        yield dict(batch)
+    if empty:
+        raise InvalidArgumentError("no data: the list of batches is empty")
+
+
+def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """The batch on the model's device, with `position_ids` from the attention mask where rows start with padding.
+
+    A causal model called without `position_ids` counts padding as positions; `generate` does not. With them, a row's
+    result does not depend on its neighbours' lengths.
+
+    Raises:
+        InvalidArgumentError: the batch is longer than the model's context.
+    """
+    model = unwrap(model)
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config else None
+    width = batch["input_ids"].shape[1]
+    if limit is not None and width > limit:
+        raise InvalidArgumentError(f"{width} tokens (prompt and target) do not fit the model's context of {limit}")
+    mask = batch.get("attention_mask")
+    if spec.causal and mask is not None and "position_ids" not in batch and not mask[:, 0].all():
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return batch
