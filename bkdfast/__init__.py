@@ -3,26 +3,40 @@
 from bkdfast import hf
 from bkdfast._version import __version__
 from bkdfast.errors import BkdfastError
+from bkdfast.hf.capture import head_means, head_outputs
 from bkdfast.hf.edits import Add, Edit, Mean, Patch, Resample, Scale, Zero
 from bkdfast.hf.intervene import intervene, patch_many
 from bkdfast.hf.prepare import prepare
+from bkdfast.monitor import Monitor
 from bkdfast.ops.edit_table import EditTable
 from bkdfast.ops.patch_heads import patch_heads
+from bkdfast.svd import DeltaSVD, Directions, delta_directions, delta_svd
+from bkdfast.sweep import SweepResult, metrics, sweep
 
 __all__ = [
     "Add",
     "BkdfastError",
+    "DeltaSVD",
+    "Directions",
     "Edit",
     "EditTable",
     "Mean",
+    "Monitor",
     "Patch",
     "Resample",
     "Scale",
+    "SweepResult",
     "Zero",
     "__version__",
+    "delta_directions",
+    "delta_svd",
+    "head_means",
+    "head_outputs",
     "hf",
     "intervene",
+    "metrics",
     "patch_heads",
     "patch_many",
     "prepare",
+    "sweep",
 ]

@@ -54,6 +54,8 @@ class Edit:
     def __post_init__(self) -> None:
         if self.head is not None and self.neuron is not None:
             raise InvalidArgumentError("an edit addresses heads or neurons, not both; make two edits")
+        if self.b != 0 and self.source is None:
+            raise InvalidArgumentError(f"{self!r} adds {self.b} times a source, but has none; give source=")
         if self.source is not None:
             if not isinstance(self.source, torch.Tensor):
                 raise InvalidTypeError(f"the source must be a tensor, got {type(self.source).__name__}")

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from bkdfast.errors import InvalidArgumentError
+from bkdfast.errors import InvalidArgumentError, ModelStateError
 from bkdfast.hf.edits import Edit
 from bkdfast.hf.families import unwrap
 from bkdfast.hf.lowering import Tables, lower
-from bkdfast.hf.prepare import Prepared, prepare, prepared, refuse_compiled, refuse_dropout
+from bkdfast.hf.prepare import GENERATE_GRAPH, Prepared, install, prepared, refuse_compiled, refuse_dropout
 from bkdfast.hf.spec import ModelSpec
 
 
@@ -46,7 +46,7 @@ def intervene(
     """
     refuse_dropout(unwrap(model))
     edits = [edits] if isinstance(edits, Edit) else list(edits)
-    with _borrow(model, spec) as state:
+    with borrow(model, spec) as state:
         outer = [edit for group in state.stack for edit in group]
         tables = lower([*outer, *edits], state.spec, dtype=state.dtype)
         with _active(state, edits, tables):
@@ -87,7 +87,7 @@ def patch_many(
         raise InvalidArgumentError("patch_many needs at least one variant (an empty list of edits is one)")
     refuse_dropout(unwrap(model))
     rows = len(batch["input_ids"])
-    with _borrow(model, spec) as state:
+    with borrow(model, spec) as state:
         if state.stack:
             raise InvalidArgumentError("patch_many cannot run inside intervene(); put those edits into each variant")
         tables = lower((), state.spec, dtype=state.dtype, variants=variants, batch=rows)
@@ -108,18 +108,24 @@ def repeat_rows(batch: dict[str, torch.Tensor], times: int) -> dict[str, torch.T
 
 
 @contextlib.contextmanager
-def _borrow(model: torch.nn.Module, spec: ModelSpec | None) -> Iterator[Prepared]:
+def borrow(model: torch.nn.Module, spec: ModelSpec | None) -> Iterator[Prepared]:
     """The model's prepared state; a model that was not prepared is, for the time being."""
     state = prepared(model)
     if state is not None:
         yield state
         return
     refuse_compiled(model)
-    state = prepare(model, spec=spec)
+    if hasattr(model, GENERATE_GRAPH):
+        raise ModelStateError(
+            "generate() with a static cache has compiled this model, and its graph does not contain the edits; call "
+            "bkdfast.prepare(model) first"
+        )
+    state = install(model, spec)
     try:
         yield state
     finally:
-        state.remove()
+        if not state.explicit:  # prepare() inside the context makes it stay
+            state.remove()
 
 
 @contextlib.contextmanager

@@ -13,12 +13,20 @@ operations alone, so the same code runs eagerly, inside a compiled graph and in 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bkdfast.errors import InvalidArgumentError, ModelStateError
 from bkdfast.ops.edit_table import FIRST, LAST
+
+
+class Call(NamedTuple):
+    """What a forward call was given: `[B, T]` tokens (ids, or embeddings), the mask as passed, and the cache's length."""
+
+    tokens: torch.Tensor
+    mask: Any
+    past: int | torch.Tensor
 
 
 class Positions:
@@ -28,12 +36,13 @@ class Positions:
         offset: `[2, R]` int32, see the module's docstring; only the first B columns mean something.
         rows: B of the current call.
         tokens: T of the current call.
+        known: rows of the last prefill seen, 0 when calls went by unseen since.
     """
 
     def __init__(self, forward: Any, device: torch.device, rows: int = 64) -> None:
         self.parameters = tuple(inspect.signature(forward).parameters)
         self.device = device
-        self.rows = self.tokens = 0
+        self.rows = self.tokens = self.known = 0
         self._allocate(rows)
 
     def _allocate(self, rows: int) -> None:
@@ -48,7 +57,7 @@ class Positions:
             self._allocate(max(rows, 2 * len(begin)))
             self.begin[: len(begin)], self.end[: len(end)] = begin, end
 
-    def update(self, args: tuple, kwargs: dict, *, pad_token_id: int | None, relative: bool) -> None:
+    def update(self, args: tuple, kwargs: dict, *, pad_token_id: int | None, relative: bool) -> Call:
         """Read one forward call's arguments. `relative`: some edit counts from the end of the prompt."""
         call = dict(zip(self.parameters, args, strict=False)) | kwargs
         tokens = call.get("input_ids")
@@ -67,16 +76,25 @@ class Positions:
         past = cache.get_seq_length() if cache is not None else 0
 
         if isinstance(past, torch.Tensor):  # static cache: known to the device only
-            real = _real_tokens(mask, rows, width, tokens.device)
+            real = real_tokens(mask, rows, width, tokens.device)
             prefill = past == 0
             self.begin[:rows] = torch.where(prefill, _first(real), self.begin[:rows])
             self.end[:rows] = torch.where(prefill, _last(real), self.end[:rows])
         elif past == 0:
             if mask is None and not torch.compiler.is_compiling():
                 _refuse_unmasked_padding(call.get("input_ids"), pad_token_id)
-            real = _real_tokens(mask, rows, width, tokens.device)
+            real = real_tokens(mask, rows, width, tokens.device)
             self.begin[:rows] = _first(real)
             self.end[:rows] = _last(real)
+            self.known = rows
+        elif self.known != rows and not torch.compiler.is_compiling():
+            if relative:
+                raise ModelStateError(
+                    f"a call on a cache of {past} tokens whose prefill ran without these edits: the end of the prompt is "
+                    "not known. Run the prefill inside the same context, or give positions from the start"
+                )
+            real = real_tokens(mask, rows, past + width, tokens.device)
+            self.begin[:rows] = _first(real)
         elif width > 1 and relative and not torch.compiler.is_compiling():
             raise ModelStateError(
                 f"{width} tokens arrived on a cache of {past}: chunked prefill, a cached prefix or speculative decoding. "
@@ -84,9 +102,10 @@ class Positions:
             )
         self.offset[FIRST, :rows] = past - self.begin[:rows]
         self.offset[LAST, :rows] = past - self.end[:rows]
+        return Call(tokens, mask, past)
 
 
-def _real_tokens(mask: Any, rows: int, width: int, device: torch.device) -> torch.Tensor:
+def real_tokens(mask: Any, rows: int, width: int, device: torch.device) -> torch.Tensor:
     """`[B, T]` bool, which tokens of a prefill are not padding."""
     if isinstance(mask, dict):  # one mask a layer type
         mask = mask.get("full_attention", next(iter(mask.values()), None))

@@ -8,6 +8,7 @@ So each hook calls one in-place op on tensors of fixed shape (the edit table of 
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from typing import Any
 
@@ -24,6 +25,9 @@ from bkdfast.ops.patch_heads import patch_heads
 
 log = logging.getLogger(__name__)
 
+GENERATE_GRAPH = "_compiled_call"
+"""Where HuggingFace's `generate` keeps the forward it compiles by itself for a static cache."""
+
 _PREPARED: weakref.WeakKeyDictionary[torch.nn.Module, Prepared] = weakref.WeakKeyDictionary()
 
 
@@ -35,8 +39,9 @@ class Prepared:
         positions: where the tokens of the current call stand.
         tables: the edit table of each (site, layer), of fixed capacity.
         active: some table is not empty.
+        explicit: `prepare` was called; False while an engine borrows the model.
         calls: number of forward calls that reached the hooks, `[]` int64 on the model's device.
-        observers: called as `observer(positions, arguments)` after the positions of a call are known.
+        observers: called with each forward's `Call` before the model runs.
     """
 
     def __init__(self, model: torch.nn.Module, spec: ModelSpec, capacity: int, sources: int) -> None:
@@ -50,6 +55,7 @@ class Prepared:
         self.active: frozenset[Key] = frozenset()
         self.relative = False
         self.batch: int | None = None
+        self.rows = 0
         self.running = False
         self.explicit = False
         self.observers: list[Any] = []
@@ -70,16 +76,21 @@ class Prepared:
 
     def _begin_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.compiler.is_compiling() and not self.active and not self.observers:
+            self.positions.known = 0
             return
-        self.positions.update(args, kwargs, pad_token_id=self.pad_token_id, relative=self.relative)
+        call = self.positions.update(args, kwargs, pad_token_id=self.pad_token_id, relative=self.relative)
         self.calls += 1
         for observer in self.observers:
-            observer(self.positions, args, kwargs)
+            observer(call)
         if not torch.compiler.is_compiling():
             self.running = True
             if self.batch is not None and self.batch != self.positions.rows:
                 raise InvalidArgumentError(
                     f"the edits are made for a batch of {self.batch} rows, but the model got {self.positions.rows}"
+                )
+            if self.rows > self.positions.rows:
+                raise InvalidArgumentError(
+                    f"an edit addresses row {self.rows - 1}, but the model got a batch of {self.positions.rows} rows"
                 )
 
     def _end_call(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
@@ -134,7 +145,7 @@ class Prepared:
             held.coefficients[:count] = packed.coefficients.to(self.device)
             held.source[:sources] = packed.source.to(self.device)
         self.active = frozenset(new.tables)
-        self.batch, self.relative = new.batch, new.relative
+        self.batch, self.relative, self.rows = new.batch, new.relative, new.rows
 
     def remove(self) -> None:
         """Take the hooks off; the model is as it was before `prepare`."""
@@ -175,13 +186,25 @@ def prepare(
         >>> handle.remove()
     """
     inner = unwrap(model)
-    if inner in _PREPARED:
-        return _PREPARED[inner]
-    refuse_compiled(model)
-    prepared = Prepared(inner, describe(inner, spec), capacity, sources)
-    prepared.explicit = True
-    _PREPARED[inner] = prepared
-    return prepared
+    if inner not in _PREPARED:
+        refuse_compiled(model)
+        install(inner, spec, capacity, sources)
+        _forget_compiled(inner)
+    _PREPARED[inner].explicit = True
+    return _PREPARED[inner]
+
+
+def install(model: torch.nn.Module, spec: ModelSpec | None, capacity: int = 64, sources: int = 64) -> Prepared:
+    """Put the hooks on a model that has none."""
+    _PREPARED[model] = Prepared(model, describe(model, spec), capacity, sources)
+    return _PREPARED[model]
+
+
+def _forget_compiled(model: torch.nn.Module) -> None:
+    """Drop graphs traced before the hooks were there: dynamo looks them up by code, not by hooks."""
+    vars(model).pop(GENERATE_GRAPH, None)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def prepared(model: torch.nn.Module) -> Prepared | None:
@@ -191,11 +214,12 @@ def prepared(model: torch.nn.Module) -> Prepared | None:
 
 def refuse_compiled(model: torch.nn.Module) -> None:
     """Raise if `model` or a part of it is compiled: hooks attached now would never run."""
-    compiled = model is not unwrap(model) or any(
-        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in model.modules()
-    )
-    forward = getattr(model, "forward", None)
-    if compiled or hasattr(forward, "_torchdynamo_orig_callable"):
+    if model is not unwrap(model) or any(
+        getattr(part, "_compiled_call_impl", None) is not None
+        or hasattr(part, "_orig_mod")
+        or hasattr(part.forward, "_torchdynamo_orig_callable")
+        for part in model.modules()
+    ):
         raise ModelStateError(
             "the model is compiled but was not prepared, so hooks added now would silently never run; call "
             "bkdfast.prepare(model) before torch.compile(model)"
