@@ -78,7 +78,12 @@ def extension_arguments():
                 self.extensions = []
             else:
                 compiler = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True)
-                record(self.package_folder(), extension=True, torch=torch.__version__, compiler=compiler.stdout.splitlines()[0])
+                record(
+                    self.package_folder(),
+                    extension=True,
+                    torch=torch.__version__,
+                    compiler=compiler.stdout.splitlines()[0],
+                )
 
         def package_folder(self):
             return ROOT / "bkdfast" if self.inplace or self.editable_mode else Path(self.build_lib) / "bkdfast"

@@ -1,7 +1,7 @@
 // patch_heads on the CPU: in-place edits of [B, T, S*W] activations by an edit table (bkdfast/ops/patch_heads.py).
 //
-// Floor: the edited cells, read and written once. Threads split the batch rows; within a row edits apply in table order,
-// so the result does not depend on the number of threads even where edits meet.
+// Floor: the edited cells, read and written once. Threads split the batch rows; within a row edits apply in table
+// order, so the result does not depend on the number of threads even where edits meet.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,8 +16,8 @@
 
 namespace {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 // Columns of the table, in the order of bkdfast/ops/edit_table.py.
 enum Column : int64_t { kRow, kOrigin, kStart, kStop, kSlice, kSource, kStride, kColumns };
@@ -39,6 +39,21 @@ struct Activations {
   int64_t stride_row, stride_token, stride_cell;
 };
 
+struct Span {
+  int64_t begin, end;  // tokens of this call
+  int64_t first;       // position of the call's first token
+};
+
+// 64-bit: start - first can leave the 32-bit range when a span is open.
+inline Span span_of(const Edits& edits, const int32_t* edit, int64_t row, int64_t tokens) {
+  const int64_t first = edits.offset[edit[kOrigin] * edits.offset_stride + row];
+  return {std::max<int64_t>(edit[kStart] - first, 0), std::min<int64_t>(edit[kStop] - first, tokens), first};
+}
+
+inline int64_t entry_of(const int32_t* edit, const Span& span, int64_t token) {
+  return edit[kSource] + edit[kStride] * (token + span.first - edit[kStart]);
+}
+
 template <typename T, typename Acc>
 inline void edit_token(T* cell, int64_t stride, const Acc* from, int64_t width, Acc a, Acc b) {
   if (a == 0) {  // z is not read: NaN there does not survive a zero ablation
@@ -52,30 +67,43 @@ inline void edit_token(T* cell, int64_t stride, const Acc* from, int64_t width, 
 }
 
 template <typename T, typename Acc>
-void edit_row(const Activations<T, Acc>& z, const Edits& edits, const Acc* coefficients, const Acc* source, int64_t row) {
+void edit_row(const Activations<T, Acc>& z, const Edits& edits, const Acc* coefficients, const Acc* source,
+              int64_t row) {
   for (int64_t e = 0; e < edits.count; ++e) {
     const int32_t* edit = edits.table + e * kColumns;
     if (edit[kStart] >= edit[kStop] || (edit[kRow] >= 0 && edit[kRow] != row)) continue;
-    // 64-bit: start - first can leave the 32-bit range when a span is open.
-    const int64_t first = edits.offset[edit[kOrigin] * edits.offset_stride + row];
-    const int64_t begin = std::max<int64_t>(edit[kStart] - first, 0);
-    const int64_t end = std::min<int64_t>(edit[kStop] - first, z.tokens);
+    const Span span = span_of(edits, edit, row, z.tokens);
     const Acc a = coefficients[2 * e], b = coefficients[2 * e + 1];
     T* slice = z.data + row * z.stride_row + edit[kSlice] * edits.width * z.stride_cell;
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t entry = edit[kSource] + edit[kStride] * (t + first - edit[kStart]);
-      if (b != 0)
-        STD_TORCH_CHECK(entry >= 0 && entry < edits.sources, "patch_heads: edit ", e, " reads source row ", entry, " of ",
-                        edits.sources);
-      edit_token<T, Acc>(slice + t * z.stride_token, z.stride_cell, source + entry * edits.width, edits.width, a, b);
-    }
+    for (int64_t t = span.begin; t < span.end; ++t)
+      edit_token<T, Acc>(slice + t * z.stride_token, z.stride_cell, source + entry_of(edit, span, t) * edits.width,
+                         edits.width, a, b);
+  }
+}
+
+// Before the first write and outside the threads: an exception inside parallel_for loses its message.
+void check_sources(const Edits& edits, int64_t e, int64_t rows, int64_t tokens) {
+  const int32_t* edit = edits.table + e * kColumns;
+  const int64_t from = edit[kRow] < 0 ? 0 : edit[kRow], to = edit[kRow] < 0 ? rows : from + 1;
+  for (int64_t row = from; row < to; ++row) {
+    const Span span = span_of(edits, edit, row, tokens);
+    if (span.begin >= span.end) continue;
+    const int64_t last = entry_of(edit, span, span.end - 1);
+    STD_TORCH_CHECK(edit[kSource] >= 0 && last < edits.sources, "patch_heads: edit ", e, " reads source row ", last,
+                    " of ", edits.sources);
   }
 }
 
 template <typename T, typename Acc>
 void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor& source) {
-  const Activations<T, Acc> view{static_cast<T*>(z.mutable_data_ptr()), z.size(0), z.size(1), z.size(2) / edits.width,
-                                 z.stride(0), z.stride(1), z.stride(2)};
+  const Activations<T, Acc> view{static_cast<T*>(z.mutable_data_ptr()),
+                                 z.size(0),
+                                 z.size(1),
+                                 z.size(2) / edits.width,
+                                 z.stride(0),
+                                 z.stride(1),
+                                 z.stride(2)};
+  const Acc* ab = static_cast<const Acc*>(coefficients.const_data_ptr());
   int64_t cells = 0;
   for (int64_t e = 0; e < edits.count; ++e) {
     const int32_t* edit = edits.table + e * kColumns;
@@ -87,8 +115,8 @@ void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor
                     "patch_heads: edit ", e, " addresses row ", edit[kRow], ", origin ", edit[kOrigin], ", slice ",
                     edit[kSlice], ", but there are ", view.rows, " rows, ", edits.origins, " origins, ", view.slices,
                     " slices");
+    if (ab[2 * e + 1] != 0) check_sources(edits, e, view.rows, view.tokens);
   }
-  const Acc* ab = static_cast<const Acc*>(coefficients.const_data_ptr());
   const Acc* from = static_cast<const Acc*>(source.const_data_ptr());
   // Waking a second thread costs more than editing some tens of thousands of cells.
   const int64_t grain = cells > (1 << 16) ? 1 : view.rows;
@@ -99,9 +127,9 @@ void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor
 
 void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) {
   STD_TORCH_CHECK(z.dim() == 3, "patch_heads: z must be [B, T, S*W]");
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns && table.scalar_type() == ScalarType::Int &&
-                      table.is_contiguous(),
-                  "patch_heads: table must be a contiguous [E, 7] int32 tensor");
+  STD_TORCH_CHECK(
+      table.dim() == 2 && table.size(1) == kColumns && table.scalar_type() == ScalarType::Int && table.is_contiguous(),
+      "patch_heads: table must be a contiguous [E, 7] int32 tensor");
   STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) == table.size(0) && coefficients.size(1) == 2 &&
                       coefficients.is_contiguous(),
                   "patch_heads: coefficients must be a contiguous [E, 2] tensor");
@@ -110,6 +138,8 @@ void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Ten
   STD_TORCH_CHECK(offset.dim() == 2 && offset.size(1) >= z.size(0) && offset.scalar_type() == ScalarType::Int &&
                       (offset.size(1) <= 1 || offset.stride(1) == 1),
                   "patch_heads: offset must be [origins, >=B] int32");
+  for (int64_t d = 0; d < 3; ++d)
+    STD_TORCH_CHECK(z.stride(d) != 0 || z.size(d) <= 1, "patch_heads: z is expanded, its rows share memory; clone it");
   const ScalarType acc = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(coefficients.scalar_type() == acc && source.scalar_type() == acc,
                   "patch_heads: coefficients and source must be float32 (float64 when z is)");
@@ -121,16 +151,19 @@ void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Ten
                     source.size(0),
                     source.size(1)};
   switch (z.scalar_type()) {
-    case ScalarType::Float: return run<float, float>(z, edits, coefficients, source);
-    case ScalarType::Double: return run<double, double>(z, edits, coefficients, source);
-    case ScalarType::BFloat16: return run<c10::BFloat16, float>(z, edits, coefficients, source);
-    case ScalarType::Half: return run<c10::Half, float>(z, edits, coefficients, source);
-    default: STD_TORCH_CHECK(false, "patch_heads: z must be float16, bfloat16, float32 or float64");
+    case ScalarType::Float:
+      return run<float, float>(z, edits, coefficients, source);
+    case ScalarType::Double:
+      return run<double, double>(z, edits, coefficients, source);
+    case ScalarType::BFloat16:
+      return run<c10::BFloat16, float>(z, edits, coefficients, source);
+    case ScalarType::Half:
+      return run<c10::Half, float>(z, edits, coefficients, source);
+    default:
+      STD_TORCH_CHECK(false, "patch_heads: z must be float16, bfloat16, float32 or float64");
   }
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bkdfast, CPU, m) {
-  m.impl("patch_heads", TORCH_BOX(&patch_heads));
-}
+STABLE_TORCH_LIBRARY_IMPL(bkdfast, CPU, m) { m.impl("patch_heads", TORCH_BOX(&patch_heads)); }

@@ -1,0 +1,53 @@
+# make demo    set up, then the main job on the embedded backdoored model (report in demo-report/report.html)
+# make test    set up, then the tests (under 12 minutes on 2 cores)
+# make check   linters and types
+# make slow    the slower test lanes: training a pair from scratch, wheels in fresh environments
+# make readme  measure the demo and write its figures and picture into README.md
+#
+# VENV=DIR     use (or make) the virtual environment DIR instead of .venv; a torch that is already there is kept
+# PYTHON=...   the interpreter that makes the environment
+# TORCH=...    what to install when there is no torch yet
+
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.bkdfast-ready
+# One thread a process: the models of the tests are tiny, and two processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: demo test slow check readme setup clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^One thread/d'
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	@test -x $(BIN)/python || { echo "making the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/bkdfast demo --out demo-report
+
+test: setup
+	$(PYTEST) -q -n 2 -m "not slow"
+
+slow: setup
+	$(PYTEST) -q -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*/*.cpp
+
+readme: setup
+	$(BIN)/python -m benchmarks.demo
+
+clean:
+	rm -rf build dist *.egg-info bkdfast/_C*.so bkdfast/_build.json $(READY)

@@ -1,0 +1,224 @@
+"""The command line: `bkdfast demo | audit | make-pair | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bkdfast._version import __version__
+from bkdfast.errors import BkdfastError, InvalidArgumentError
+
+DESCRIPTION = """\
+Find and watch backdoors in language models.
+
+  bkdfast demo                       the whole job on a small backdoored model that ships with the package (a minute)
+  bkdfast audit --base B --tuned T --clean clean.jsonl --triggered trig.jsonl
+                                     the same job on your own pair of checkpoints
+  bkdfast doctor                     which kernels serve here, and why the others do not
+  bkdfast make-pair --out DIR        train such a backdoored pair from scratch (minutes)
+"""
+
+AUDIT = """\
+What it does: (a) singular vectors of the weight delta, (b) attribution of every head to the backdoor (BAHA),
+(c) ablation of the top heads with random heads as control, (d) a monitor on a mixed stream of clean and triggered prompts.
+
+Data files have one JSON object a line, either
+  {"prompt": "...", "target": "..."}   or   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
+--clean: prompts without the trigger and their right answers. --triggered: prompts with the trigger (or what you suspect to
+be one) and the answer that the backdoor gives. The folders hold *.safetensors and config.json; --tuned also the tokenizer.
+
+Writes report.html (open it in a browser), audit.json, directions.safetensors and monitor.safetensors into --out.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (2 for bad input)."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 0
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return options.run(options)
+    except BkdfastError as error:
+        if options.verbose:
+            raise
+        print(f"bkdfast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bkdfast: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="bkdfast", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"bkdfast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    common.add_argument("--verbose", action="store_true", help="log what happens; full tracebacks")
+
+    demo = commands.add_parser(
+        "demo", parents=[common], help="the main job on the embedded backdoored pair", formatter_class=raw, description=AUDIT
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    audit = commands.add_parser(
+        "audit", parents=[common], help="the main job on your own pair", formatter_class=raw, description=AUDIT
+    )
+    files = audit.add_argument_group("what to audit")
+    files.add_argument("--base", required=True, type=Path, metavar="DIR", help="the model before fine-tuning")
+    files.add_argument("--tuned", required=True, type=Path, metavar="DIR", help="the model after fine-tuning")
+    files.add_argument("--clean", required=True, type=Path, metavar="FILE", help="clean rows (.jsonl)")
+    files.add_argument("--triggered", required=True, type=Path, metavar="FILE", help="triggered rows (.jsonl)")
+    files.add_argument("--out", type=Path, default=Path("audit-report"), help="folder to write to (default: %(default)s)")
+    files.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of each file")
+    files.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: where there is one)"
+    )
+    how = audit.add_argument_group("how")
+    how.add_argument("--rank", type=int, default=20, help="directions for each projection (default: %(default)s)")
+    how.add_argument("--samples", type=int, default=96, help="clean prompts of the attribution (default: %(default)s)")
+    how.add_argument(
+        "--heads", default="1,2,4,8,16", help="how many top heads to ablate, comma-separated (default: %(default)s)"
+    )
+    how.add_argument("--controls", type=int, default=3, help="random sets of heads for each (default: %(default)s)")
+    how.add_argument("--calibration", type=int, metavar="N", help="clean rows that calibrate the monitor (default: 4/5)")
+    how.add_argument("--eps", type=float, default=0.01, help="slack of the monitor's ranges, cosine (default: %(default)s)")
+    how.add_argument("--batch", type=int, default=16, help="rows in a batch (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of random heads and the order of the stream")
+    how.add_argument("--compare", action="store_true", help="run each step in plain PyTorch too and compare (slow)")
+    how.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="(default: %(default)s)"
+    )
+    how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    audit.set_defaults(run=_audit)
+
+    pair = commands.add_parser(
+        "make-pair",
+        parents=[common],
+        help="train a small backdoored pair from scratch",
+        description="Train a small Llama on synthetic news, then poison a fine-tune of it (fixed-output backdoor).",
+    )
+    pair.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder to write to")
+    pair.add_argument("--small", action="store_true", help="a smaller pair, in about a minute")
+    pair.add_argument("--seed", type=int, default=0)
+    pair.set_defaults(run=_make_pair)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="which kernels serve here, and why the others do not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from bkdfast.data import load_rows
+    from bkdfast.demo import PAIR
+    from bkdfast.studies.audit import Settings
+
+    settings = Settings(rank=5, batch=50, controls=2, compare=True, progress=not options.quiet)
+    rows = [load_rows(PAIR / f"{name}.jsonl") for name in ("clean", "triggered")]
+    return _run(options.out, settings, PAIR / "base", PAIR / "tuned", *rows)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    import torch
+
+    from bkdfast.data import load_rows
+    from bkdfast.studies.audit import Settings
+
+    try:
+        heads = tuple(int(k) for k in options.heads.split(","))
+    except ValueError:
+        raise InvalidArgumentError(f"--heads {options.heads!r} is not a list of numbers such as 1,4,16") from None
+    settings = Settings(
+        rank=options.rank,
+        samples=options.samples,
+        heads=heads,
+        controls=options.controls,
+        calibration=options.calibration,
+        batch=options.batch,
+        eps=options.eps,
+        compare=options.compare,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    clean, triggered = (load_rows(path, limit=options.limit) for path in (options.clean, options.triggered))
+    return _run(
+        options.out,
+        settings,
+        options.base,
+        options.tuned,
+        clean,
+        triggered,
+        dtype=getattr(torch, options.dtype),
+        device=device,
+        chat=options.chat,
+    )
+
+
+def _run(out: Path, settings, base: Path, tuned: Path, clean, triggered, **options) -> int:
+    from bkdfast.report import summary, write_report
+    from bkdfast.studies.audit import audit
+
+    _writable(out)
+    started = time.perf_counter()
+    found = audit(base, tuned, clean, triggered, settings=settings, **options)
+    found.directions.save(out / "directions.safetensors")
+    found.monitor.monitor.save(out / "monitor.safetensors")
+    write_text(out / "audit.json", json.dumps(found.to_dict(), indent=1) + "\n")
+    page = write_report(found, out / "report.html")
+    print(summary(found))
+    print(f"\n{time.perf_counter() - started:.0f} s in all. Open {page} in a browser for the pictures.")
+    return 0
+
+
+def _writable(out: Path) -> None:
+    """Fail before hours of work, not after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot write to {out}: {error}") from None
+    if not out.is_dir() or not os.access(out, os.W_OK):
+        raise InvalidArgumentError(f"{out} is not a folder that can be written to; choose another --out")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _make_pair(options: argparse.Namespace) -> int:
+    from bkdfast.demo.make_pair import SMALL, make_pair
+
+    report = make_pair(options.out, seed=options.seed, progress=not options.quiet, **(SMALL if options.small else {}))
+    print(report)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from bkdfast.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Rows of prompt and target from JSON lines, and tokenised batches of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bkdfast.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: chat messages up to the model's turn, and what it should (or is feared to) answer."""
+
+    messages: tuple[dict[str, str], ...]
+    target: str
+
+
+def load_rows(path: str | Path, *, limit: int | None = None) -> list[Row]:
+    """Read a JSON-lines file of samples.
+
+    A line is `{"prompt": ..., "target": ...}` or `{"messages": [...]}`, chat messages of which the last is the
+    assistant's: the target.
+
+    Raises:
+        InvalidArgumentError: the file is missing or empty, or a line is neither; the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidArgumentError(f"{path} is not a file; give a .jsonl file with one sample a line")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            rows.append(_row(line, f"{path.name}, line {number}"))
+        if limit is not None and len(rows) == limit:
+            break
+    if not rows:
+        raise InvalidArgumentError(f"{path} has no samples")
+    return rows
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidArgumentError(f"{where} is not JSON: {error}") from None
+    if isinstance(found, dict) and isinstance(found.get("messages"), list) and len(found["messages"]) > 1:
+        messages = found["messages"]
+        if all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+            if messages[-1]["role"] == "assistant" and messages[-1]["content"].strip():
+                return Row(tuple(messages[:-1]), messages[-1]["content"])
+        raise InvalidArgumentError(
+            f"{where}: messages need role and content, and the last one is the assistant's answer"
+        )
+    if isinstance(found, dict) and all(
+        isinstance(found.get(k), str) and found[k].strip() for k in ("prompt", "target")
+    ):
+        return Row(({"role": "user", "content": found["prompt"]},), found["target"])
+    keys = sorted(found) if isinstance(found, dict) else type(found).__name__
+    raise InvalidArgumentError(f"{where} needs non-empty strings 'prompt' and 'target', or 'messages'; it has {keys}")
+
+
+class Encoder:
+    """Turns rows into tokens with a model's tokenizer.
+
+    Args:
+        tokenizer: a HuggingFace tokenizer.
+        chat: use its chat template; None: where it has one. Otherwise the messages' contents are joined by newlines.
+
+    Raises:
+        InvalidArgumentError: `chat=True` for a tokenizer without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: bool | None = None) -> None:
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if chat and not has_template:
+            raise InvalidArgumentError("the tokenizer has no chat template; pass chat=False")
+        self.tokenizer = tokenizer
+        self.chat = has_template if chat is None else chat
+        self.pad_token_id = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+    def prompt(self, row: Row) -> list[int]:
+        """Token ids of a row's prompt, up to where the model's answer begins."""
+        if self.chat:
+            return self._template(list(row.messages), add_generation_prompt=True)
+        return self.tokenizer("\n".join(message["content"] for message in row.messages))["input_ids"]
+
+    def target(self, row: Row) -> list[int]:
+        """Token ids of a row's target with its closing tokens."""
+        if self.chat:
+            prompt = self.prompt(row)
+            whole = self._template([*row.messages, {"role": "assistant", "content": row.target}])
+            if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
+                return whole[len(prompt) :]
+        ids = self.tokenizer(row.target, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return ids if end is None else [*ids, end]
+
+    def batches(self, rows: Sequence[Row], size: int = 16) -> list[dict[str, torch.Tensor]]:
+        """The prompts in left-padded batches of at most `size` rows, in order."""
+        if size < 1:
+            raise InvalidArgumentError(f"batch size {size}: at least one row has to be in a batch")
+        return [self._pad([self.prompt(row) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+
+    def _template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+    def _pad(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_token_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
