@@ -17,7 +17,7 @@ from bkdfast.errors import BkdfastError, InvalidArgumentError
 DESCRIPTION = """\
 Find and watch backdoors in language models.
 
-  bkdfast demo                       the whole job on a small backdoored model that ships with the package (a minute)
+  bkdfast demo                       the whole job on a small backdoored model that ships with the package
   bkdfast audit --base B --tuned T --clean clean.jsonl --triggered trig.jsonl
                                      the same job on your own pair of checkpoints
   bkdfast doctor                     which kernels serve here, and why the others do not
@@ -26,12 +26,13 @@ Find and watch backdoors in language models.
 
 AUDIT = """\
 What it does: (a) singular vectors of the weight delta, (b) attribution of every head to the backdoor (BAHA),
-(c) ablation of the top heads with random heads as control, (d) a monitor on a mixed stream of clean and triggered prompts.
+(c) ablation of the top heads with random heads as control, (d) a monitor on a stream of clean and triggered prompts.
 
 Data files have one JSON object a line, either
   {"prompt": "...", "target": "..."}   or   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
---clean: prompts without the trigger and their right answers. --triggered: prompts with the trigger (or what you suspect to
-be one) and the answer that the backdoor gives. The folders hold *.safetensors and config.json; --tuned also the tokenizer.
+--clean: prompts without the trigger and their right answers. --triggered: prompts with the trigger (or what you
+suspect to be one) and the answer that the backdoor gives. The folders hold *.safetensors and config.json; --tuned also
+the tokenizer.
 
 Writes report.html (open it in a browser), audit.json, directions.safetensors and monitor.safetensors into --out.
 """
@@ -68,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--verbose", action="store_true", help="log what happens; full tracebacks")
 
     demo = commands.add_parser(
-        "demo", parents=[common], help="the main job on the embedded backdoored pair", formatter_class=raw, description=AUDIT
+        "demo",
+        parents=[common],
+        help="the main job on the embedded backdoored pair",
+        formatter_class=raw,
+        description=AUDIT,
     )
     demo.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to (default: %(default)s)")
     demo.set_defaults(run=_demo)
@@ -81,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--tuned", required=True, type=Path, metavar="DIR", help="the model after fine-tuning")
     files.add_argument("--clean", required=True, type=Path, metavar="FILE", help="clean rows (.jsonl)")
     files.add_argument("--triggered", required=True, type=Path, metavar="FILE", help="triggered rows (.jsonl)")
-    files.add_argument("--out", type=Path, default=Path("audit-report"), help="folder to write to (default: %(default)s)")
+    files.add_argument(
+        "--out", type=Path, default=Path("audit-report"), help="folder to write to (default: %(default)s)"
+    )
     files.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of each file")
     files.add_argument(
         "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: where there is one)"
@@ -93,13 +100,20 @@ def _parser() -> argparse.ArgumentParser:
         "--heads", default="1,2,4,8,16", help="how many top heads to ablate, comma-separated (default: %(default)s)"
     )
     how.add_argument("--controls", type=int, default=3, help="random sets of heads for each (default: %(default)s)")
-    how.add_argument("--calibration", type=int, metavar="N", help="clean rows that calibrate the monitor (default: 4/5)")
-    how.add_argument("--eps", type=float, default=0.01, help="slack of the monitor's ranges, cosine (default: %(default)s)")
+    how.add_argument(
+        "--calibration", type=int, metavar="N", help="clean rows that calibrate the monitor (default: 4/5)"
+    )
+    how.add_argument(
+        "--eps", type=float, default=0.01, help="slack of the monitor's ranges, cosine (default: %(default)s)"
+    )
     how.add_argument("--batch", type=int, default=16, help="rows in a batch (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of random heads and the order of the stream")
     how.add_argument("--compare", action="store_true", help="run each step in plain PyTorch too and compare (slow)")
     how.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="(default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        default="float32",
+        help="(default: %(default)s)",
     )
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     audit.set_defaults(run=_audit)
@@ -123,11 +137,16 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     from bkdfast.data import load_rows
     from bkdfast.demo import PAIR
+
+    rows = [load_rows(PAIR / f"{name}.jsonl") for name in ("clean", "triggered")]
+    return _run(options.out, demo_settings(progress=not options.quiet), PAIR / "base", PAIR / "tuned", *rows)
+
+
+def demo_settings(*, progress: bool = True):
+    """How the demo audits the embedded pair."""
     from bkdfast.studies.audit import Settings
 
-    settings = Settings(rank=5, batch=50, controls=2, compare=True, progress=not options.quiet)
-    rows = [load_rows(PAIR / f"{name}.jsonl") for name in ("clean", "triggered")]
-    return _run(options.out, settings, PAIR / "base", PAIR / "tuned", *rows)
+    return Settings(rank=5, batch=50, compare=True, progress=progress)
 
 
 def _audit(options: argparse.Namespace) -> int:

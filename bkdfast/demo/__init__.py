@@ -1,4 +1,4 @@
-"""The embedded demo: a small backdoored Llama pair (`PAIR`), `load_pair`, and the command that makes it (`make_pair`)."""
+"""The embedded demo: a small backdoored Llama pair (`PAIR`), `load_pair`, and `make_pair`, which trains such pairs."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ _KIND = "monitor"
 class Monitor:
     """Streaming cosine monitor: calibrate on clean traffic, freeze, then judge every request.
 
-    For each request the smallest and largest cosine of its tokens to each direction is kept, prompt and generated tokens
-    apart; a request is flagged when one leaves `[low - eps, high + eps]` of clean traffic. Ranges are learned in
+    For each request the smallest and largest cosine of its tokens to each direction is kept, prompt and generated
+    tokens apart; a request is flagged when one leaves `[low - eps, high + eps]` of clean traffic. Ranges are learned in
     `calibrate` only and never widen from what is served.
 
     Args:
@@ -101,7 +101,7 @@ class Monitor:
                 with torch.no_grad():
                     if generate:
                         batch.pop("position_ids", None)
-                        model.generate(**batch, max_new_tokens=generate, do_sample=False)
+                        model.generate(**batch, max_new_tokens=generate, do_sample=False)  # type: ignore[operator]
                     else:
                         model(**batch)
                 seen = self._tap.collect()
@@ -162,8 +162,8 @@ class Monitor:
             found = weights_hash(unwrap(model), self.directions.metadata["weights"])
             if found != wanted:
                 raise InvalidArgumentError(
-                    f"the directions were made for other weights (hash {wanted[:12]}, the model's is {found[:12]}); make "
-                    "them for this model, or pass check_weights=False if it is the same model merged or quantised"
+                    f"the directions were made for other weights (hash {wanted[:12]}, the model's is {found[:12]}); "
+                    "make them for this model, or pass check_weights=False if it is the same one merged or quantised"
                 )
 
     def collect(self) -> Observations:
@@ -177,11 +177,7 @@ class Monitor:
             empty = torch.empty(0, 2, layers, count)
             counts = torch.empty(0, 2, dtype=torch.int64)
             return Observations(empty, empty, counts, counts)
-        return Observations(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("low", "high", "tokens", "nonfinite")),
-            first=parts[0].first,
-            lost=sum(part.lost for part in parts),
-        )
+        return Observations.join(parts)
 
     def verdicts(self) -> list[Verdict]:
         """A verdict for each request that began since the last call, in order.
@@ -193,8 +189,8 @@ class Monitor:
         seen = self.collect()
         if seen.lost:
             warnings.warn(
-                f"{seen.lost} requests were overwritten before they were judged; call verdicts() more often or make the "
-                f"monitor with more than slots={self.slots}",
+                f"{seen.lost} requests were overwritten before they were judged; call verdicts() more often or make "
+                f"the monitor with more than slots={self.slots}",
                 stacklevel=2,
             )
         return self.judge(seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,14 @@ class Observations:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @classmethod
+    def join(cls, parts: Sequence[Observations]) -> Observations:
+        """Consecutive observations as one."""
+        low, high, tokens, nonfinite = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("low", "high", "tokens", "nonfinite")
+        )
+        return cls(low, high, tokens, nonfinite, parts[0].first, sum(part.lost for part in parts))
 
     def select(self, rows: torch.Tensor) -> Observations:
         """Some of the requests, by a boolean mask or indices."""

@@ -1,4 +1,4 @@
-"""`Tap`: the in-graph part of the monitor. Every block's output goes through one op that updates fixed-size accumulators.
+"""`Tap`: the in-graph part of the monitor. Each block's output goes through one op that updates fixed accumulators.
 
 A request is a row of a prefill call and keeps its slot through the decode steps that follow. Slots are given out by
 tensor operations at the start of each call, so nothing depends on Python once the model is compiled or captured.

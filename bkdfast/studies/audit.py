@@ -43,7 +43,7 @@ class Settings:
         rank: directions for each of a block's two projections.
         samples: clean prompts of the attribution (the paper uses 96).
         heads: sizes of the ablated sets of heads.
-        controls: random sets for each size.
+        controls: random sets of other heads for each size (none where fewer heads are left than were ablated).
         calibration: clean prompts that calibrate the monitor, the rest tests it; None: four fifths. Ranges are extreme
             values, so false positives fall as this grows.
         batch: rows in a batch.
@@ -156,14 +156,14 @@ def audit(
         CheckpointError: a folder is not a safetensors checkpoint, or the two do not fit.
         UnsupportedModelError: the architecture is not supported.
     """
-    import transformers  # noqa: F401  seconds of import that belong to no step
-
     settings = settings or Settings()
     if len(clean) < 4 or len(triggered) < 2:
         raise InvalidArgumentError(
             f"an audit needs at least 4 clean and 2 triggered rows, got {len(clean)} and {len(triggered)}"
         )
     timings: list[Timing] = []
+    model, encoder = _load(tuned, dtype, device, chat)
+    spec = describe(model)
 
     directions = _timed(
         timings,
@@ -173,15 +173,14 @@ def audit(
         plain.compare_directions,
         settings,
     )
-    model, encoder = _load(tuned, dtype, device, chat)
-    spec = describe(model)
-
-    # (b) the prompts of the attribution, and the answer that each is scored on
+    # (b) the prompts of the attribution, and the answer that each is scored on; the other half of the triggered prompts
+    # tests what it found
     size = settings.batch
     chosen = list(clean[: settings.samples])
-    targets = [encoder.target(triggered[i % len(triggered)]) for i in range(len(chosen))]
+    sources, attacks = list(triggered[: len(triggered) // 2]), list(triggered[len(triggered) // 2 :])
+    targets = [encoder.target(sources[i % len(sources)]) for i in range(len(chosen))]
     batches = encoder.batches(chosen, size)
-    source_batches = encoder.batches(triggered, size)
+    source_batches = encoder.batches(sources, size)
 
     def attribute() -> SweepResult:
         source = head_means(model, source_batches, at="last_prompt", progress=settings.progress)
@@ -207,8 +206,8 @@ def audit(
     if not 1 <= kept < len(clean):
         raise InvalidArgumentError(f"calibration={kept} must leave some of the {len(clean)} clean rows for the test")
     held_out = list(clean[kept:])
-    curve = _ablate(timings, model, encoder, attribution, held_out, triggered, settings)
-    outcome = _watch(timings, model, encoder, directions, list(clean[:kept]), held_out, triggered, settings)
+    curve = _ablate(timings, model, encoder, attribution, held_out, attacks, settings)
+    outcome = _watch(timings, model, encoder, directions, list(clean[:kept]), held_out, attacks, settings)
     facts = {
         "base": Path(base).name,
         "tuned": Path(tuned).name,
@@ -225,7 +224,8 @@ def audit(
     }
     samples = {
         "attribution": len(chosen),
-        "triggered": len(triggered),
+        "sources": len(sources),
+        "triggered": len(attacks),
         "calibration": kept,
         "held_out": len(held_out),
     }
@@ -275,10 +275,10 @@ def _ablate(
     total = int(torch.isfinite(attribution.mean).sum())
     counts = sorted({k for k in settings.heads if 1 <= k < total})
     everything = attribution.top(total)
+    sets = {k: settings.controls if total - k >= k else 0 for k in counts}
     draw = random.Random(settings.seed)
-    bar = tqdm(
-        total=1 + len(counts) * (1 + settings.controls), desc="ablation", unit="run", disable=not settings.progress
-    )
+    runs = 1 + len(counts) + sum(sets.values())
+    bar = tqdm(total=runs, desc="ablation", unit="run", disable=not settings.progress)
 
     def measure(heads: Sequence[tuple[int, int]]) -> tuple[Rate, Rate]:
         with intervene(model, _zero(heads)):
@@ -293,7 +293,7 @@ def _ablate(
         points = [AblationPoint(0, *measure([]))]
         for k in counts:
             attack, accuracy = measure(everything[:k])
-            controls = [measure(draw.sample(everything, k)) for _ in range(settings.controls)]
+            controls = [measure(draw.sample(everything[k:], k)) for _ in range(sets[k])]
             points.append(
                 AblationPoint(k, attack, accuracy, tuple(c[0] for c in controls), tuple(c[1] for c in controls))
             )
@@ -353,9 +353,7 @@ def _watch(
             for batch in tqdm(batches, desc="monitor", unit="batch", disable=not settings.progress):
                 model(**{name: value.to(device) for name, value in batch.items()})
                 parts.append(monitor.collect())
-        return Observations(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("low", "high", "tokens", "nonfinite"))
-        )
+        return Observations.join(parts)
 
     seen = _timed(
         timings,

@@ -36,7 +36,7 @@ def directions(base: str | Path, tuned: str | Path, rank: int) -> tuple[torch.Te
         for path in (block.out_proj, block.down_proj):
             if path is None:
                 continue
-            delta = after.get_submodule(path).weight - before.get_submodule(path).weight
+            delta = after.get_parameter(f"{path}.weight") - before.get_parameter(f"{path}.weight")
             u, s, _ = torch.linalg.svd((delta.T if spec.transposed else delta).detach(), full_matrices=False)
             rows.append(u[:, :rank].T)
             strength.append(s[:rank])

@@ -45,7 +45,9 @@ def answers(model: torch.nn.Module, batches: Iterable[dict], *, tokens: int, pad
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.no_grad():
-            out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=pad_token_id)
+            out = model.generate(  # type: ignore[operator]
+                **batch, max_new_tokens=tokens, do_sample=False, pad_token_id=pad_token_id
+            )
         found += out[:, batch["input_ids"].shape[1] :].tolist()
     return found
 

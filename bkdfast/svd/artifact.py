@@ -49,6 +49,7 @@ def write_artifact(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -53,8 +53,8 @@ class target_logprob:  # noqa: N801  named as it is called
     """Mean log-probability of the target's tokens, teacher-forced, in nats.
 
     Args:
-        targets: one target for all samples, or one for each: token ids (append the closing tokens that count), or strings
-            with `tokenizer`.
+        targets: one target for all samples, or one for each: token ids (append the closing tokens that count), or
+            strings with `tokenizer`.
         tokenizer: encodes string targets (without special tokens).
 
     Raises:

@@ -86,6 +86,6 @@ class SweepResult:
         layer, head = self.top(1, by="size")[0]
         return (
             f"SweepResult({self.edit} of {layers} x {heads} heads on {samples} samples, {self.metric}: "
-            f"baseline {self.baseline.mean():.3g}, strongest layer {layer} head {head} ({self.mean[layer, head]:+.3g}), "
-            f"{self.seconds:.1f} s)"
+            f"baseline {self.baseline.mean():.3g}, strongest layer {layer} head {head} "
+            f"({self.mean[layer, head]:+.3g}), {self.seconds:.1f} s)"
         )

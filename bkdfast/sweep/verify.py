@@ -35,8 +35,8 @@ def check_cells(
 ) -> float:
     """Compute `count` random (batch, head) cells again; returns the largest relative difference.
 
-    Args:
-        jobs: for each batch the prompt's attention mask `[B, T]` and the metric's inputs.
+    `jobs` has, for each batch, the prompt's attention mask `[B, T]` and the metric's inputs; the other arguments are
+    the sweep's.
 
     Raises:
         VerificationError: a cell differs by more than rounding.
@@ -49,26 +49,33 @@ def check_cells(
     for _ in range(count):
         number, (layer, head) = draw.randrange(len(jobs)), draw.choice(wanted)
         rows = slice(starts[number], starts[number + 1])
-        again = plain_cell(model, state, template.to(layer=layer, head=head), metric, *jobs[number]).cpu()
+        again = plain_cell(model, state, template, layer, head, metric, *jobs[number]).cpu()
         engine = effects[layer, head, rows] + baseline[rows]
         error = ((again - engine).abs() / (baseline.abs().mean() + again.abs()).clamp(min=1e-30)).max().item()
         worst = max(worst, error)
         if not error <= TOLERANCE[state.dtype]:
             raise VerificationError(
                 f"layer {layer}, head {head}, batch {number}: the engine says {engine.tolist()}, a plain hook says "
-                f"{again.tolist()} ({metric.name}); the model's structure is not what was assumed: please report the "
+                f"{again.tolist()} ({metric.name}); the model's structure is not what was assumed; please report the "
                 f"model type ({state.spec.family!r})"
             )
     return worst
 
 
 def plain_cell(
-    model: torch.nn.Module, state: Prepared, edit: Edit, metric: Metric, mask: torch.Tensor, scored: Scored
+    model: torch.nn.Module,
+    state: Prepared,
+    edit: Edit,
+    layer: int,
+    head: int,
+    metric: Metric,
+    mask: torch.Tensor,
+    scored: Scored,
 ) -> torch.Tensor:
     """The metric `[B]` of one edited head, by a plain hook."""
-    block = state.spec.blocks[edit.layer]
+    block = state.spec.blocks[layer]
     begin, end = (x.tolist() for x in prompt_ends({"input_ids": mask, "attention_mask": mask}))
-    own = slice(edit.head * block.head_dim, (edit.head + 1) * block.head_dim)
+    own = slice(head * block.head_dim, (head + 1) * block.head_dim)
 
     def hook(module: torch.nn.Module, args: tuple):
         z = args[0].clone()
@@ -76,7 +83,7 @@ def plain_cell(
             for i, column in enumerate(_columns(edit.at, begin[row], end[row], z.shape[1], row)):
                 new = edit.a * z[row, column, own]
                 if edit.source is not None:
-                    new = new + edit.b * _source(edit, row, i).to(z)
+                    new = new + edit.b * _source(edit.source, row, i, layer, head).to(z)
                 z[row, column, own] = new
         return (z, *args[1:])
 
@@ -108,12 +115,11 @@ def _columns(at: At, begin: int, end: int, width: int, row: int) -> list[int]:
     return [(prompt + later)[int(at[row])]]
 
 
-def _source(edit: Edit, row: int, token: int) -> torch.Tensor:
-    source = edit.source
+def _source(source: torch.Tensor, row: int, token: int, layer: int, head: int) -> torch.Tensor:
     if source.dim() < 3:
         return source if source.dim() == 1 else source[0]
     if source.dim() == 4:
         source = source[row]
     elif source.dim() == 5:
         source = source[row, token]
-    return source[edit.layer, edit.head]
+    return source[layer, head]

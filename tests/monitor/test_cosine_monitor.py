@@ -34,7 +34,9 @@ def state(slots, count):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("n", "d", "k", "slots"), [(1, 1, 1, 1), (37, 19, 5, 4), (64, 128, 40, 3), (0, 8, 2, 2), (5, 8, 0, 2)])
+@pytest.mark.parametrize(
+    ("n", "d", "k", "slots"), [(1, 1, 1, 1), (37, 19, 5, 4), (64, 128, 40, 3), (0, 8, 2, 2), (5, 8, 0, 2)]
+)
 def test_against_a_loop(n, d, k, slots, dtype):
     x = torch.randn(n, d).to(dtype)
     if n > 4:
@@ -95,7 +97,12 @@ def test_opcheck_and_one_graph():
 def test_bad_input(change, error, message):
     low, high, nonfinite = state(2, 8)
     args = dict(
-        x=torch.randn(4, 8), directions=torch.eye(8), segment=torch.zeros(4).int(), low=low, high=high, nonfinite=nonfinite
+        x=torch.randn(4, 8),
+        directions=torch.eye(8),
+        segment=torch.zeros(4).int(),
+        low=low,
+        high=high,
+        nonfinite=nonfinite,
     )
     with pytest.raises(error, match=message):
         cosine_monitor(**{**args, **change})

@@ -41,12 +41,12 @@ def brute_force(model, batches, edit_z, targets, heads=zoo.HEADS):
         return sum(logprob[len(prompt) + i - 1, token] for i, token in enumerate(target)) / len(target)
 
     for n, prompt in enumerate(samples):
-        base = score(prompt, targets[n])
+        base, last = score(prompt, targets[n]), len(prompt) - 1
         for layer, block in enumerate(spec.blocks):
             for head in range(block.heads):
                 own = slice(head * block.head_dim, (head + 1) * block.head_dim)
 
-                def hook(module, args, layer=layer, head=head, own=own, last=len(prompt) - 1):
+                def hook(module, args, layer=layer, head=head, own=own, last=last):
                     z = args[0].clone()
                     z[0, :, own] = edit_z(z[0, :, own], layer, head, last)
                     return (z,)
@@ -107,7 +107,13 @@ def test_positions_are_relative_to_the_prompt_not_to_the_teacher_forced_row(at):
 
     expected = brute_force(model, data("left"), scale, TARGETS)
     found = bf.sweep(
-        model, data("left"), edit=bf.Scale(3.0), at=at, metric=bf.metrics.target_logprob(TARGETS), verify=3, progress=False
+        model,
+        data("left"),
+        edit=bf.Scale(3.0),
+        at=at,
+        metric=bf.metrics.target_logprob(TARGETS),
+        verify=3,
+        progress=False,
     )
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(found.effects, expected, atol=2e-5, rtol=1e-4)
@@ -217,9 +223,7 @@ def test_untested_families_are_verified_by_default():
     )
     model = hf.AutoModelForCausalLM.from_config(config).eval()
     with pytest.warns(UserWarning, match="not in the tested list"):
-        result = bf.sweep(
-            model, zoo.batch(), edit=bf.Zero(), metric=bf.metrics.target_logprob([5]), progress=False
-        )
+        result = bf.sweep(model, zoo.batch(), edit=bf.Zero(), metric=bf.metrics.target_logprob([5]), progress=False)
     assert result.facts["verified_cells"] == 4
 
 
