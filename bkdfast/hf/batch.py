@@ -35,9 +35,10 @@ def batches(data: Batch | Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
                 f"input_ids must be a non-empty tensor [B, T], got {tuple(getattr(ids, 'shape', ()))}; "
                 "tokenise with return_tensors='pt' and padding=True"
             )
+        batch = dict(batch)
         prompt_ends(batch)
         empty = False
-        yield dict(batch)
+        yield batch
     if empty:
         raise InvalidArgumentError("no data: the list of batches is empty")
 

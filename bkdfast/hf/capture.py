@@ -27,7 +27,7 @@ def head_outputs(
     spec: ModelSpec | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
-    """z of every head, before the attention output projection.
+    """Per-head outputs z, before the attention output projection.
 
     Args:
         model: a model of a supported family, in eval mode.
@@ -51,7 +51,7 @@ def head_outputs(
         >>> bf.head_outputs(pair.tuned, batch, at="last_prompt").shape
         torch.Size([2, 6, 8, 16])
     """
-    found = []
+    found: list[torch.Tensor] = []
     for z, mask in _stream(model, data, spec, progress):
         if found and isinstance(at, str) and at == "all":
             raise InvalidArgumentError('at="all" keeps every token, so it takes one batch; give a position for several')
@@ -134,7 +134,7 @@ def record_projection_inputs(model: torch.nn.Module, spec: ModelSpec) -> Iterato
 
 @contextlib.contextmanager
 def eager(model: torch.nn.Module) -> Iterator[None]:
-    """Call the model's own modules, not a graph compiled in place by `model.compile()`, which new hooks cannot enter."""
+    """Call the model's own modules, not a graph of `model.compile()`, which new hooks cannot enter."""
     compiled = {part: part._compiled_call_impl for part in model.modules() if part._compiled_call_impl is not None}
     for part in compiled:
         part._compiled_call_impl = None

@@ -36,8 +36,8 @@ class Edit:
         layer: layer or layers; None: every layer.
         head: query head or heads; None: every head.
         neuron: neuron or neurons of the MLP's hidden layer, instead of heads.
-        at: positions. `"all"`; `"last_prompt"`; `"prompt"` (the prefill); `"generated"` (decode steps); an int (0 is the
-            row's first real token, -1 its last prompt token); a `slice` of such ints, where an open end of a
+        at: positions. `"all"`; `"last_prompt"`; `"prompt"` (the prefill); `"generated"` (decode steps); an int (0 is
+            the row's first real token, -1 its last prompt token); a `slice` of such ints, where an open end of a
             non-negative slice includes generated tokens; a list or tensor of one int >= 0 for each row.
         rows: batch row or rows; None: every row.
     """
@@ -99,8 +99,9 @@ class Patch(Edit):
 
     Args:
         source: `[Dh]` for one head; `[n, Dh]` for n heads given as a list; `[L, H, Dh]`, as `head_means` returns;
-            `[B, L, H, Dh]`, one for each row, as `head_outputs` returns at one position; `[B, T, L, H, Dh]`, also one for
-            each token from the first position of `at`. For neurons the same without Dh.
+            `[B, L, H, Dh]`, one for each row, as `head_outputs` returns at one position; `[B, T, L, H, Dh]`, also one
+            for each token: with `at="all"` of each column, padding included, as `head_outputs(at="all")` returns it;
+            else from the first position of `at` on. For neurons the same without Dh.
         layer: layer or layers; None: every layer.
         head: query head or heads; None: every head.
         **where: `neuron`, `at`, `rows` of `Edit`.
@@ -118,8 +119,8 @@ class Resample(Patch):
     """Resample ablation: each row gets z of another, randomly chosen sample (Chan et al. 2022, causal scrubbing).
 
     Args:
-        source: `[N, L, H, Dh]` outputs of N samples, as `head_outputs` returns; row b of the batch (B <= N rows) gets that
-            of a sample other than b.
+        source: `[B, L, H, Dh]` outputs of the B samples of the batch, as `head_outputs` returns; each row gets that of
+            another row.
         layer: layer or layers; None: every layer.
         head: query head or heads; None: every head.
         seed: of the draw.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -167,7 +168,7 @@ def refuse_by_name(config) -> None:
         raise UnsupportedModelError(f"{kind}: encoder-decoder models are not supported yet")
 
 
-def _pretrained(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+def _pretrained(model: torch.nn.Module) -> tuple[str, Any]:
     """The HuggingFace model at or below `model` (PEFT wraps it), with its path."""
     from transformers import PreTrainedModel
 
@@ -179,7 +180,7 @@ def _pretrained(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
     )
 
 
-def base_path(inner: torch.nn.Module) -> str:
+def base_path(inner: Any) -> str:
     """Path of the base model (without head) inside a HuggingFace model; `""` if it is one itself."""
     prefix = inner.base_model_prefix
     return prefix if prefix and hasattr(inner, prefix) else ""
@@ -189,7 +190,7 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _from_table(inner: torch.nn.Module, prefix: str, config, family: str) -> ModelSpec:
+def _from_table(inner: Any, prefix: str, config, family: str) -> ModelSpec:
     line = FAMILIES[family]
     base_prefix = base_path(inner)
     base = submodule(inner, base_prefix) if base_prefix else inner
@@ -230,7 +231,7 @@ def block_spec(block: torch.nn.Module, path: str, line: Family, heads: int) -> B
     )
 
 
-def embeddings(inner: torch.nn.Module, prefix: str) -> dict[str, str | None]:
+def embeddings(inner: Any, prefix: str) -> dict[str, Any]:
     """Paths of the token embedding and the unembedding, as the model itself names them."""
     names = {module: path for path, module in inner.named_modules()}
     token, output = inner.get_input_embeddings(), inner.get_output_embeddings()

@@ -131,11 +131,16 @@ def borrow(model: torch.nn.Module, spec: ModelSpec | None) -> Iterator[Prepared]
 @contextlib.contextmanager
 def _active(state: Prepared, edits: list[Edit], tables: Tables) -> Iterator[None]:
     outer = [edit for group in state.stack for edit in group]
-    calls = int(state.calls)
+    calls, misfits = int(state.calls), int(state.misfits)
     state.stack.append(edits)
     state.write(tables)
     try:
         yield
+        if int(state.misfits) > misfits:
+            raise InvalidArgumentError(
+                f"the edits are made for a batch of {tables.batch} rows, but the compiled model got other batches "
+                "inside this context; their results are wrong"
+            )
         if tables.tables and int(state.calls) == calls:
             warnings.warn(
                 "no forward pass reached the edits inside this context: either the model was not called, or it was "

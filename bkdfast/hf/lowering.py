@@ -5,14 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeGuard
 
 import torch
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.edits import HEADS, NEURONS, At, Edit
 from bkdfast.hf.spec import ModelSpec
-from bkdfast.ops.edit_table import ALL_ROWS, FIRST, LAST, OPEN, ROW, EditTable
+from bkdfast.ops.edit_table import ALL_ROWS, COLUMN, FIRST, LAST, OPEN, ROW, EditTable
 
 NAMED: dict[str, tuple[int, int, int]] = {
     "all": (FIRST, -OPEN, OPEN),
@@ -75,8 +75,8 @@ def lower(
             token, counted from its first real token. None: the prompt ends where the row does.
 
     Raises:
-        InvalidArgumentError: a layer, head, neuron, row or position is out of range, a source has the wrong shape, or two
-            edits address one cell.
+        InvalidArgumentError: a layer, head, neuron, row or position is out of range, a source has the wrong shape, or
+            two edits address one cell.
     """
     rows: dict[Key, _Rows] = {}
     batches: set[int] = set()
@@ -94,7 +94,9 @@ def lower(
     for key, r in rows.items():
         site, layer = key
         width, slices = site_shape(spec, site, layer)
-        source = torch.cat([s.to(accumulate) for s in r.sources]) if r.sources else torch.zeros(1, width, dtype=accumulate)
+        source = (
+            torch.cat([s.to(accumulate) for s in r.sources]) if r.sources else torch.zeros(1, width, dtype=accumulate)
+        )
         try:
             tables[key] = EditTable.pack(r.edits, r.coefficients, source, slices=slices)
         except InvalidArgumentError as error:
@@ -110,7 +112,7 @@ def site_shape(spec: ModelSpec, site: str, layer: int) -> tuple[int, int]:
         return block.head_dim, block.heads
     if block.neurons is None:
         raise InvalidArgumentError(
-            f"layer {layer} of {spec.family} has no single MLP down projection (mixture of experts), so no neurons to edit"
+            f"layer {layer} of {spec.family} has no single MLP down projection (mixture of experts): no neurons to edit"
         )
     return 1, block.neurons
 
@@ -149,7 +151,7 @@ def _lower_one(
             for row in targets:
                 origin, start, stop = spans[row if len(spans) > 1 else 0]
                 if tokens:
-                    stop = _bounded(edit, start, stop, tokens)
+                    origin, start, stop = _bounded(edit, origin, start, stop, tokens)
                 entry = first + (max(row, 0) * max(tokens, 1) if per_row is not None else 0)
                 place = base + row if row >= 0 else ALL_ROWS
                 r.edits.append((place, origin, start, stop, piece, entry, int(tokens > 1)))
@@ -172,13 +174,15 @@ def _shift(position: int, by: int) -> int:
     return position if abs(position) >= OPEN else position + by
 
 
-def _bounded(edit: Edit, start: int, stop: int, tokens: int) -> int:
-    """The end of a span that reads one source row a token: at most as many tokens as the source has."""
+def _bounded(edit: Edit, origin: int, start: int, stop: int, tokens: int) -> tuple[int, int, int]:
+    """A span that reads one source row a token: at most as many tokens as the source has."""
+    if (start, stop) == (-OPEN, OPEN):
+        return COLUMN, 0, tokens
     if start <= -OPEN:
         raise InvalidArgumentError(
-            f"{edit!r}: a source with a token dimension needs a first position; give at=slice(0, None), not {edit.at!r}"
+            f"{edit!r}: a source with a token dimension needs a first position; give at=slice(0, None) or at='all'"
         )
-    return min(stop, start + tokens)
+    return origin, start, min(stop, start + tokens)
 
 
 def _indices(chosen, count: int, name: str, where: str) -> list[int]:
@@ -189,7 +193,9 @@ def _indices(chosen, count: int, name: str, where: str) -> list[int]:
         raise InvalidArgumentError(f"{name}s {found} name one {name} twice")
     for index in found:
         if not 0 <= index < count:
-            raise InvalidArgumentError(f"{name} {index} is out of range: {where} has {count} {name}s (0 to {count - 1})")
+            raise InvalidArgumentError(
+                f"{name} {index} is out of range: {where} has {count} {name}s (0 to {count - 1})"
+            )
     return found
 
 
@@ -197,12 +203,11 @@ def _source(
     edit: Edit, layer: int, pieces: list[int], width: int, slices: int, layers: int
 ) -> tuple[torch.Tensor | None, int | None, int]:
     """The source as `[B or 1, T or 1, len(pieces), W]`, with B where it is given for each row, and T (0 without)."""
-    source = edit.source
-    if source is None:
+    if edit.source is None:
         return None, None, 0
+    given, source = tuple(edit.source.shape), edit.source.detach()
     if edit.site == NEURONS:
         source = source.unsqueeze(-1)
-    source = source.detach()
     shape = tuple(source.shape)
     if shape == (width,):
         return source.expand(1, 1, len(pieces), width), None, 0
@@ -217,12 +222,12 @@ def _source(
         return at_layer, shape[0], shape[1]
     unit = "[Dh]" if edit.site == HEADS else "a scalar"
     raise InvalidArgumentError(
-        f"the source of {edit!r} has shape {tuple(edit.source.shape)}; layer {layer} needs {unit} of width {width}, one "
-        f"for each of the {len(pieces)} {edit.site}, or [L, ...] = {(layers, slices, width)} with [B] or [B, T] before it"
+        f"the source of {edit!r} has shape {given}; layer {layer} needs {unit} of width {width}, one for each of the "
+        f"{len(pieces)} {edit.site}, or [L, ...] = {(layers, slices, width)} with [B] or [B, T] before it"
     )
 
 
-def _is_int(value) -> bool:
+def _is_int(value: object) -> TypeGuard[SupportsIndex]:
     """An int of Python, NumPy or a 0-d tensor; arrays have `__index__` too."""
     return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
 

@@ -4,8 +4,9 @@ Edits name positions the way people do ("the last prompt token", "token 3", "-2"
 of this call. `Positions` bridges the two with a few small tensors, updated at the start of each forward by tensor
 operations alone, so the same code runs eagerly, inside a compiled graph and in a captured CUDA graph:
 
-- `offset [2, R]`: for batch row b, the position of this call's first token counted from the row's first real token
-  (`FIRST`) and from its last prompt token (`LAST`). `patch_heads` adds it to its own token index.
+- `offset [3, R]`: for batch row b, the position of this call's first token counted from the row's first real token
+  (`FIRST`), from its last prompt token (`LAST`) and from the first column (`COLUMN`). `patch_heads` adds it to its own
+  token index.
 - a call on an empty cache is a prefill and sets where each row's prompt begins and ends (from the attention mask); a
   call on a filled cache is a decode step of those same rows.
 """
@@ -18,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bkdfast.errors import InvalidArgumentError, ModelStateError
-from bkdfast.ops.edit_table import FIRST, LAST
+from bkdfast.ops.edit_table import COLUMN, FIRST, LAST
 
 
 class Call(NamedTuple):
-    """What a forward call was given: `[B, T]` tokens (ids, or embeddings), the mask as passed, and the cache's length."""
+    """What a forward call was given: `[B, T]` tokens (ids, or embeddings), the mask as passed, the cache's length."""
 
     tokens: torch.Tensor
     mask: Any
@@ -33,7 +34,7 @@ class Positions:
     """Positions of the current call of one prepared model.
 
     Attributes:
-        offset: `[2, R]` int32, see the module's docstring; only the first B columns mean something.
+        offset: `[3, R]` int32, see the module's docstring; only the first B columns mean something.
         rows: B of the current call.
         tokens: T of the current call.
         known: rows of the last prefill seen, 0 when calls went by unseen since.
@@ -48,7 +49,7 @@ class Positions:
     def _allocate(self, rows: int) -> None:
         self.begin = torch.zeros(rows, dtype=torch.int32, device=self.device)  # column of the first real token
         self.end = torch.zeros(rows, dtype=torch.int32, device=self.device)  # column of the last prompt token
-        self.offset = torch.zeros(2, rows, dtype=torch.int32, device=self.device)
+        self.offset = torch.zeros(3, rows, dtype=torch.int32, device=self.device)
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` batch rows; keeps what is stored (a compiled graph is traced again once)."""
@@ -90,18 +91,20 @@ class Positions:
         elif self.known != rows and not torch.compiler.is_compiling():
             if relative:
                 raise ModelStateError(
-                    f"a call on a cache of {past} tokens whose prefill ran without these edits: the end of the prompt is "
-                    "not known. Run the prefill inside the same context, or give positions from the start"
+                    f"a call on a cache of {past} tokens whose prefill ran without these edits: the end of the prompt "
+                    "is not known. Run the prefill inside the same context, or give positions from the start"
                 )
             real = real_tokens(mask, rows, past + width, tokens.device)
             self.begin[:rows] = _first(real)
         elif width > 1 and relative and not torch.compiler.is_compiling():
             raise ModelStateError(
-                f"{width} tokens arrived on a cache of {past}: chunked prefill, a cached prefix or speculative decoding. "
-                "Edits relative to the end of the prompt cannot tell where it ends there; give positions from the start"
+                f"{width} tokens arrived on a cache of {past}: chunked prefill, a cached prefix or speculative "
+                "decoding. Edits relative to the end of the prompt cannot tell where it ends there; give positions "
+                "from the start"
             )
         self.offset[FIRST, :rows] = past - self.begin[:rows]
         self.offset[LAST, :rows] = past - self.end[:rows]
+        self.offset[COLUMN, :rows] = past
         return Call(tokens, mask, past)
 
 

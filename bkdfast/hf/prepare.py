@@ -41,6 +41,8 @@ class Prepared:
         active: some table is not empty.
         explicit: `prepare` was called; False while an engine borrows the model.
         calls: number of forward calls that reached the hooks, `[]` int64 on the model's device.
+        expected: rows that the edits are made for, `[]` int64, 0 for any; `misfits` counts the calls with others. An
+            eager call with others raises at once; a compiled one can only count.
         observers: called with each forward's `Call` before the model runs.
     """
 
@@ -52,6 +54,7 @@ class Prepared:
         entry = submodule(model, spec.entry)
         self.positions = Positions(entry.forward, self.device)
         self.calls = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.expected, self.misfits = torch.zeros_like(self.calls), torch.zeros_like(self.calls)
         self.active: frozenset[Key] = frozenset()
         self.relative = False
         self.batch: int | None = None
@@ -80,6 +83,7 @@ class Prepared:
             return
         call = self.positions.update(args, kwargs, pad_token_id=self.pad_token_id, relative=self.relative)
         self.calls += 1
+        self.misfits += (self.expected != self.positions.rows) & (self.expected > 0)
         for observer in self.observers:
             observer(call)
         if not torch.compiler.is_compiling():
@@ -146,6 +150,7 @@ class Prepared:
             held.source[:sources] = packed.source.to(self.device)
         self.active = frozenset(new.tables)
         self.batch, self.relative, self.rows = new.batch, new.relative, new.rows
+        self.expected.fill_(new.batch or 0)
 
     def remove(self) -> None:
         """Take the hooks off; the model is as it was before `prepare`."""

@@ -117,6 +117,6 @@ def _check_width(projection: torch.nn.Module, expected: int, layer: int, block: 
     found = in_features(projection)
     if found is not None and found != expected:
         raise InvalidArgumentError(
-            f"layer {layer}: {block.heads} heads of head_dim {block.head_dim} need a projection with {expected} inputs, "
-            f"but {block.out_proj} has {found}; pass the right heads= and head_dim="
+            f"layer {layer}: {block.heads} heads of head_dim {block.head_dim} need a projection with {expected} inputs,"
+            f" but {block.out_proj} has {found}; pass the right heads= and head_dim="
         )

@@ -1,13 +1,13 @@
 """Guess the spec of an unknown HuggingFace family from its structure, then prove it by a probe run.
 
 The guess is only names and shapes. The probe run checks what the engines rely on: every output projection is called
-once a forward, in layer order, on `[B, T, heads * head_dim]`; a block returns the residual stream `[B, T, D]`; editing z
-at one token changes that token's output, and earlier ones only where attention looks ahead.
+once a forward, in layer order, on `[B, T, heads * head_dim]`; a block returns the residual stream `[B, T, D]`; editing
+z at one token changes that token's output, and earlier ones only where attention looks ahead.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -73,7 +73,7 @@ def _out_features(module: torch.nn.Module) -> int | None:
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 
-def _probe(model: torch.nn.Module, inner: torch.nn.Module, spec: ModelSpec) -> ModelSpec:
+def _probe(model: torch.nn.Module, inner: Any, spec: ModelSpec) -> ModelSpec:
     """Run 2 x 5 tokens through the model and compare what happens with what the spec claims."""
 
     def refuse(what: str) -> NoReturn:

@@ -43,9 +43,7 @@ class Op:
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         """Give a functional op its gradient (as `torch.library.register_autograd`)."""
-        torch.library.register_autograd(
-            f"bkdfast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"bkdfast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
     def resolve(self, backend: str | None) -> Callable:
         """The callable that serves `backend` (None: the dispatcher's choice).

@@ -7,7 +7,8 @@ neurons it is one neuron (W = 1). Each edit addresses one slice over a span of t
 
 Token positions are relative to an **origin**, one offset per origin and batch row (`offset`, `[origins, B]`): it says
 where this call's first token stands, so the same table serves a prompt, each decode step and a chunk of a prefill.
-The HuggingFace layer uses two origins: the row's first token (`FIRST`) and its last prompt token (`LAST`).
+The HuggingFace layer uses three origins: the row's first real token (`FIRST`), its last prompt token (`LAST`), and the
+first column of the prompt, padding included (`COLUMN`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 ROW, ORIGIN, START, STOP, SLICE, SOURCE, STRIDE = range(7)
 COLUMNS = 7
 ALL_ROWS = -1
-FIRST, LAST = 0, 1
+FIRST, LAST, COLUMN = 0, 1, 2
 OPEN = 1 << 30
 """Positions at or beyond +-OPEN mean "without end"."""
 
@@ -69,11 +70,11 @@ class EditTable:
             raise InvalidTypeError(f"source must be float32 or float64, got {source.dtype}")
         if source.dim() != 2:
             raise InvalidArgumentError(f"source must be [rows, width], got shape {tuple(source.shape)}")
-        rows = np.asarray(edits, dtype=np.int64).reshape(-1, COLUMNS)
-        scale = np.asarray(coefficients, dtype=np.float64).reshape(-1, 2)
+        rows = _matrix(edits, "edits", COLUMNS).astype(np.int64)
+        scale = _matrix(coefficients, "coefficients", 2).astype(np.float64)
         if len(rows) != len(scale):
             raise InvalidArgumentError(f"{len(rows)} edits but {len(scale)} coefficient pairs; give one pair per edit")
-        _check_ranges(rows, scale, slices, len(source))
+        _check_ranges(rows, scale, slices, len(source), torch.finfo(source.dtype).max)
         _check_disjoint(rows)
         return cls(
             torch.from_numpy(rows.astype(np.int32)).to(source.device),
@@ -82,7 +83,18 @@ class EditTable:
         )
 
 
-def _check_ranges(rows: np.ndarray, scale: np.ndarray, slices: int, sources: int) -> None:
+def _matrix(values: np.ndarray | list, name: str, columns: int) -> np.ndarray:
+    found = np.asarray(values)
+    if found.size == 0:
+        return np.zeros((0, columns), dtype=np.int64)
+    if found.ndim != 2 or found.shape[1] != columns:
+        raise InvalidArgumentError(f"{name} must be [E, {columns}], got shape {found.shape}")
+    if name == "edits" and found.dtype.kind not in "iu":
+        raise InvalidTypeError(f"edits must be integers, got {found.dtype}")
+    return found
+
+
+def _check_ranges(rows: np.ndarray, scale: np.ndarray, slices: int, sources: int, largest: float) -> None:
     def refuse(bad: np.ndarray, what: str) -> None:
         if bad.any():
             edit = int(bad.argmax())
@@ -90,16 +102,22 @@ def _check_ranges(rows: np.ndarray, scale: np.ndarray, slices: int, sources: int
 
     refuse((rows[:, SLICE] < 0) | (rows[:, SLICE] >= slices), f"slice {{4}} is out of range, there are {slices}")
     refuse(rows[:, ROW] < ALL_ROWS, "row {0} is negative; use -1 for every row")
+    refuse(rows[:, ROW] >= 1 << 31, "row {0} does not fit 32 bits")
     refuse(rows[:, START] > rows[:, STOP], "span [{2}, {3}) ends before it starts")
     refuse((np.abs(rows[:, START]) > OPEN) | (np.abs(rows[:, STOP]) > OPEN), "span [{2}, {3}) is beyond +-2**30")
     refuse((rows[:, ORIGIN] < 0) | (rows[:, ORIGIN] > 127), "origin {1} is out of range")
     refuse(~np.isin(rows[:, STRIDE], (0, 1)), "stride {6} is not 0 (one source row) or 1 (one source row a token)")
     reads = (scale[:, 1] != 0) & (rows[:, START] < rows[:, STOP])
     last = rows[:, SOURCE] + rows[:, STRIDE] * np.maximum(rows[:, STOP] - rows[:, START] - 1, 0)
-    refuse(reads & ((rows[:, SOURCE] < 0) | (last >= sources)), f"source row {{5}} is out of range, there are {sources}")
-    if not np.isfinite(scale).all():
-        edit = int((~np.isfinite(scale)).any(1).argmax())
-        raise InvalidArgumentError(f"edit {edit}: coefficients {scale[edit].tolist()} are not finite")
+    refuse(
+        reads & ((rows[:, SOURCE] < 0) | (last >= sources)), f"source row {{5}} is out of range, there are {sources}"
+    )
+    usable = np.abs(scale) <= largest  # False for NaN
+    if not usable.all():
+        edit = int((~usable).any(1).argmax())
+        raise InvalidArgumentError(
+            f"edit {edit}: coefficients {scale[edit].tolist()} are not finite in the source's dtype"
+        )
 
 
 def _check_disjoint(rows: np.ndarray) -> None:

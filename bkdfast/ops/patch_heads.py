@@ -9,8 +9,8 @@ own, so many different patches run in one forward. z is the input of the attenti
 of the MLP's down projection (W = 1).
 
 Shapes and dtypes: z `[B, T, S*W]` float16, bfloat16, float32 or float64, any strides; table `[E, 7]` int32;
-coefficients `[E, 2]` and source `[R, W]` float32 (float64 when z is); offset `[origins, >=B]` int32. Arithmetic is in the
-dtype of the coefficients, rounded once at the store. Edits that meet in a cell apply in table order.
+coefficients `[E, 2]` and source `[R, W]` float32 (float64 when z is); offset `[origins, >=B]` int32. Arithmetic is in
+the dtype of the coefficients, rounded once at the store. Edits that meet in a cell apply in table order.
 
 Floor: the edited cells, read and written once; cost does not depend on B or T.
 
@@ -42,8 +42,10 @@ def _check(z, table, coefficients, source, offset) -> None:
         raise InvalidArgumentError(
             f"offset must be [origins, >={z.shape[0]}] int32, got {tuple(offset.shape)} {offset.dtype}"
         )
+    if not z.is_floating_point():
+        raise InvalidTypeError(f"z must be float16, bfloat16, float32 or float64, got {z.dtype}")
     wanted = torch.float64 if z.dtype == torch.float64 else torch.float32
-    if not z.is_floating_point() or coefficients.dtype != wanted or source.dtype != wanted:
+    if coefficients.dtype != wanted or source.dtype != wanted:
         raise InvalidTypeError(
             f"z is {z.dtype}: coefficients and source must be {wanted}, got {coefficients.dtype} and {source.dtype}"
         )
@@ -58,6 +60,8 @@ def _fake(z, table, coefficients, source, offset) -> None:
 
 def _reference(z, table, coefficients, source, offset) -> None:
     _check(z, table, coefficients, source, offset)
+    if any(step == 0 and size > 1 for step, size in zip(z.stride(), z.shape, strict=True)):
+        raise InvalidArgumentError("z is expanded, its rows share memory; clone it")
     rows, tokens, width = z.shape[0], z.shape[1], source.shape[1]
     slices, origins = z.shape[2] // width, offset.shape[0]
     first = offset.tolist()
@@ -77,13 +81,14 @@ def _reference(z, table, coefficients, source, offset) -> None:
             cells = z[i, begin:end, piece * width : (piece + 1) * width]
             new = torch.zeros_like(cells, dtype=coefficients.dtype)
             if a != 0:
-                new += a * cells.to(new.dtype)
+                new = a * cells.to(new.dtype)
             if b != 0:
                 at = entry + stride * (begin + first[origin][i] - start)
                 count = (end - begin - 1) * stride + 1
                 if entry < 0 or at + count > source.shape[0]:
                     raise InvalidArgumentError(f"edit {edit} reads source row {at + count - 1} of {source.shape[0]}")
-                new += b * source[at : at + count]
+                added = b * source[at : at + count]
+                new = added.expand_as(new) if a == 0 else new + added
             cells.copy_(new)
 
 
@@ -114,8 +119,8 @@ _functional = Op(
 
 def _setup_context(ctx, inputs, output) -> None:
     _, table, coefficients, source, offset = inputs
-    # The table is a buffer that the next edit overwrites; the backward needs the one this forward saw.
-    ctx.save_for_backward(table.clone(), coefficients.clone(), source, offset.clone())
+    # These are buffers that the next edit overwrites; the backward needs what this forward saw. It reads no source.
+    ctx.save_for_backward(table.clone(), coefficients.clone(), source.new_zeros(1, source.shape[1]), offset.clone())
 
 
 def _backward(ctx, grad):
@@ -158,10 +163,16 @@ def patch_heads(
         offset = torch.zeros(1, z.shape[0], dtype=torch.int32, device=z.device)
     tensors = (edits.table, edits.coefficients, edits.source, offset)
     _check(z, *tensors)
-    if torch.is_grad_enabled() and z.requires_grad:
-        if backend is not None:
-            raise InvalidArgumentError("backend= serves the in-place op; under autograd leave it unset")
-        return _functional.dispatched(z, *tensors)
-    _op.resolve(backend)(z, *tensors)
+    functional = torch.is_grad_enabled() and z.requires_grad
+    if functional and backend is not None:
+        raise InvalidArgumentError("backend= serves the in-place op; under autograd leave it unset")
+    try:
+        if functional:
+            return _functional.dispatched(z, *tensors)
+        _op.resolve(backend)(z, *tensors)
+    except RuntimeError as error:
+        if "patch_heads: " in str(error):  # a check of the compiled kernel
+            raise InvalidArgumentError(str(error).rsplit("patch_heads: ", 1)[1]) from None
+        raise
     torch.autograd.graph.increment_version(z)
     return z

@@ -17,7 +17,7 @@ def one_by_one(model, batch):
         kept = {}
         handles = [
             model.get_submodule(block.out_proj).register_forward_pre_hook(
-                lambda m, a, layer=layer: kept.__setitem__(layer, a[0][0].clone())
+                lambda m, a, layer=layer, kept=kept: kept.__setitem__(layer, a[0][0].clone())
             )
             for layer, block in enumerate(spec.blocks)
         ]

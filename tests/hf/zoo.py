@@ -44,7 +44,9 @@ CONFIGS = {
     "qwen3": lambda: hf.Qwen3Config(**_rotary),
     "mistral": lambda: hf.MistralConfig(**_rotary, sliding_window=8),
     "gemma2": lambda: hf.Gemma2Config(**_rotary, sliding_window=8),
-    "gemma3_text": lambda: hf.Gemma3TextConfig(**_rotary, sliding_window=8),
+    "gemma3_text": lambda: hf.Gemma3TextConfig(
+        **_rotary, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
     "phi3": lambda: hf.Phi3Config(**_rotary),
     "olmo2": lambda: hf.Olmo2Config(**_rotary),
     "gpt2": lambda: hf.GPT2Config(

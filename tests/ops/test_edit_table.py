@@ -1,0 +1,205 @@
+"""`EditTable.pack`: what it stores, everything it refuses, and overlap detection against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bkdfast import BkdfastError, EditTable, patch_heads
+from bkdfast.errors import InvalidArgumentError, InvalidTypeError
+from bkdfast.ops.edit_table import ALL_ROWS, FIRST, LAST, OPEN
+
+ONE = [0, FIRST, 0, 1, 0, 0, 0]
+NAN, INF = float("nan"), float("inf")
+
+
+def pack(edits, coefficients=None, source=None, slices=4):
+    source = torch.zeros(5, 3) if source is None else source
+    return EditTable.pack(
+        edits, [[0.5, 1.0]] * len(edits) if coefficients is None else coefficients, source, slices=slices
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_stores_what_it_was_given(dtype, kind):
+    edits = [[1, LAST, -3, OPEN, 2, 4, 0], [ALL_ROWS, FIRST, 2, 5, 3, 1, 1]]
+    source = torch.randn(5, 3, dtype=dtype).T.contiguous().T  # not contiguous
+    table = pack(kind(edits), kind([[0.5, 1.0], [2.0, -1.0]]), source)
+    assert table.table.tolist() == edits and table.table.dtype == torch.int32
+    assert table.coefficients.tolist() == [[0.5, 1.0], [2.0, -1.0]] and table.coefficients.dtype == dtype
+    assert torch.equal(table.source, source)
+    assert all(t.is_contiguous() for t in (table.table, table.coefficients, table.source))
+
+
+@pytest.mark.parametrize("edits", [[], np.zeros((0, 7), dtype=int)])
+def test_no_edits(edits):
+    table = pack(edits, [])
+    assert table.table.shape == (0, 7) and table.coefficients.shape == (0, 2)
+    assert torch.equal(patch_heads(torch.ones(2, 2, 12), table), torch.ones(2, 2, 12))
+
+
+def changed(**columns):
+    names = ["row", "origin", "start", "stop", "slice", "source", "stride"]
+    return [columns.get(name, value) for name, value in zip(names, ONE, strict=True)]
+
+
+REFUSED = {
+    "slice": (changed(slice=4), "slice 4 is out of range, there are 4"),
+    "negative slice": (changed(slice=-1), "slice -1 is out of range"),
+    "row": (changed(row=-2), "row -2 is negative; use -1"),
+    "row of 33 bits": (changed(row=2**32), "row 4294967296 does not fit"),
+    "span": (changed(start=3, stop=2), r"span \[3, 2\) ends before it starts"),
+    "far start": (changed(start=-OPEN - 1), "beyond"),
+    "far stop": (changed(stop=OPEN + 1), "beyond"),
+    "origin": (changed(origin=128), "origin 128"),
+    "negative origin": (changed(origin=-1), "origin -1"),
+    "stride": (changed(stride=2), "stride 2 is not 0"),
+    "negative stride": (changed(stride=-1), "stride -1 is not 0"),
+    "source": (changed(source=5), "source row 5 is out of range, there are 5"),
+    "negative source": (changed(source=-1), "source row -1 is out of range"),
+    "last source": (changed(stop=4, source=2, stride=1), "source row 2 is out of range, there are 5"),
+    "endless source": (changed(stop=OPEN, stride=1), "source row 0 is out of range"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_out_of_range(name):
+    edit, message = REFUSED[name]
+    with pytest.raises(InvalidArgumentError, match=f"edit 1: .*{message}") as raised:
+        pack([changed(slice=3), edit])
+    assert isinstance(raised.value, BkdfastError)
+
+
+def test_the_limits_themselves_pass():
+    pack([changed(slice=3, row=2**31 - 1, start=-OPEN, stop=OPEN, origin=127, source=4)])
+    pack([changed(stop=3, source=2, stride=1)])
+
+
+def test_an_unread_source_row_is_not_checked():
+    assert len(pack([changed(source=99)], [[0.5, 0.0]]).table) == 1
+    assert len(pack([changed(start=2, stop=2, source=99)]).table) == 1
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e39])
+@pytest.mark.parametrize("place", [0, 1])
+def test_coefficients_must_be_finite(bad, place):
+    coefficients = [[1.0, 1.0], [1.0, 1.0]]
+    coefficients[1][place] = bad
+    with pytest.raises(InvalidArgumentError, match="edit 1: coefficients.*finite"):
+        pack([ONE, changed(slice=1)], coefficients)
+    if bad == 1e39:  # fits float64
+        assert (
+            pack([ONE, changed(slice=1)], coefficients, torch.zeros(5, 3, dtype=torch.float64)).coefficients.max()
+            == bad
+        )
+
+
+MALFORMED = {
+    "6 columns": (dict(edits=[[0] * 6]), InvalidArgumentError, r"edits must be \[E, 7\].*\(1, 6\)"),
+    "14 columns": (dict(edits=[[0] * 14], coefficients=[[1, 0]] * 2), InvalidArgumentError, r"edits must be \[E, 7\]"),
+    "a flat edit": (dict(edits=ONE, coefficients=[[1, 0]]), InvalidArgumentError, r"edits must be \[E, 7\].*\(7,\)"),
+    "floats": (dict(edits=[[0, 0, 0.7, 1, 0, 0, 0]]), InvalidTypeError, "edits must be integers, got float64"),
+    "3 coefficients": (dict(coefficients=[[0.0, 1.0, 2.0]]), InvalidArgumentError, r"coefficients must be \[E, 2\]"),
+    "too few coefficients": (dict(coefficients=[]), InvalidArgumentError, "1 edits but 0 coefficient pairs"),
+    "bfloat16": (dict(source=torch.zeros(5, 3).bfloat16()), InvalidTypeError, "source must be float32.*bfloat16"),
+    "integers": (dict(source=torch.zeros(5, 3).int()), InvalidTypeError, "source must be float32.*int32"),
+    "1-d source": (dict(source=torch.zeros(5)), InvalidArgumentError, r"source must be \[rows, width\].*\(5,\)"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed(name):
+    arguments, error, message = MALFORMED[name]
+    with pytest.raises(error, match=message):
+        pack(**{"edits": [ONE], **arguments})
+
+
+LOW, HIGH = -7, 7  # bounds are drawn inside; an open end reaches one further
+
+
+def cells(edit, rows=3):
+    row, _, start, stop, piece = edit[:5]
+    span = range(max(start, LOW), min(stop, HIGH))
+    return {(i, t, piece) for i in (range(rows) if row == ALL_ROWS else [row]) for t in span}
+
+
+def meet(edits):
+    """Some two edits address one cell; of different origins only where one of them spans every position."""
+    for one, other in itertools.combinations([edit for edit in edits if edit[2] < edit[3]], 2):
+        if one[1] == other[1]:
+            if cells(one) & cells(other):
+                return True
+        elif any(edit[2:4] == [-OPEN, OPEN] for edit in (one, other)):
+            rows = [{0, 1, 2} if edit[0] == ALL_ROWS else {edit[0]} for edit in (one, other)]
+            if one[4] == other[4] and rows[0] & rows[1]:
+                return True
+    return False
+
+
+def edits(origins):
+    bounds = st.tuples(st.integers(-6, 6), st.integers(-6, 6)).map(sorted)
+    ends = st.tuples(bounds, st.sampled_from(["closed"] * 4 + ["start", "stop", "both"])).map(
+        lambda drawn: [
+            -OPEN if drawn[1] in ("start", "both") else drawn[0][0],
+            OPEN if drawn[1] in ("stop", "both") else drawn[0][1],
+        ]
+    )
+    one = st.tuples(st.integers(-1, 2), st.sampled_from(origins), ends, st.integers(0, 3)).map(
+        lambda drawn: [drawn[0], drawn[1], *drawn[2], drawn[3], 0, 0]
+    )
+    return st.lists(one, min_size=1, max_size=6)
+
+
+@settings(max_examples=1500)
+@given(edits([LAST]))
+@example([[0, 0, 0, 5, 0, 0, 0], [0, 0, 5, 6, 0, 0, 0]])
+@example([[0, 0, 0, 9, 0, 0, 0], [0, 0, 1, 2, 0, 0, 0], [0, 0, 3, 4, 0, 0, 0]])
+@example([[0, 0, 2, 2, 0, 0, 0], [0, 0, 0, 5, 0, 0, 0]])
+def test_overlaps_equal_brute_force(edits):
+    agree(edits)
+
+
+@settings(max_examples=500)
+@given(edits([FIRST, LAST]))
+@example([[0, 0, -OPEN, OPEN, 0, 0, 0], [0, 1, 1, 2, 0, 0, 0]])
+@example([[-1, 0, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0]])
+def test_overlaps_of_two_origins(edits):
+    agree(edits)
+
+
+def agree(edits):
+    if meet(edits):
+        with pytest.raises(InvalidArgumentError, match=r"edits \d+ and \d+ address the same cell: slice \d") as raised:
+            pack(edits)
+        first, second = (int(word) for word in str(raised.value).split()[1:4:2])
+        assert first < second and meet([edits[first], edits[second]]), "the message names two others"
+    else:
+        assert pack(edits).table.tolist() == edits
+
+
+def test_both_outcomes_are_drawn():
+    """The property above is worth something only if random tables meet about as often as they do not."""
+    g = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(300):
+        spans = np.sort(g.integers(-6, 7, (4, 2)), axis=1)
+        outcomes.append(
+            meet([[int(g.integers(-1, 3)), 0, *map(int, span), int(g.integers(0, 4)), 0, 0] for span in spans])
+        )
+    assert 0.2 < np.mean(outcomes) < 0.9
+
+
+def test_a_hundred_thousand_edits():
+    count = 100_000
+    edits = np.zeros((count, 7), dtype=np.int64)
+    edits[:, 0], edits[:, 4] = np.arange(count) // 32, np.arange(count) % 32
+    edits[:, 3] = 4
+    coefficients = np.zeros((count, 2))
+    assert len(EditTable.pack(edits, coefficients, torch.zeros(1, 4), slices=32).table) == count
+    edits[70_000] = edits[3]
+    with pytest.raises(InvalidArgumentError, match="edits 3 and 70000 address the same cell: slice 3"):
+        EditTable.pack(edits, coefficients, torch.zeros(1, 4), slices=32)
