@@ -50,7 +50,7 @@ def compare_directions(ours: Directions, other: tuple[torch.Tensor, torch.Tensor
     vectors, values = other
     error = ((ours.strength - values).abs() / values.amax(-1, keepdim=True)).max().item()
     cosine = (ours.vectors * vectors).sum(-1).abs().clamp(max=1)
-    return f"singular values within {error:.0e}, vectors' |cosine| at least {cosine.min().item():.4f}"
+    return f"singular values within {error:.0e}, cosines of the vectors at least {cosine.min().item():.4f}"
 
 
 def attribution(
@@ -133,7 +133,8 @@ def attribution(
 
 def compare_attribution(ours: SweepResult, other: torch.Tensor) -> str:
     """Largest difference of any cell, next to the largest effect."""
-    return f"effects within {(ours.effects - other).abs().max().item():.0e} (largest {other.abs().max().item():.2f})"
+    error = (ours.effects - other).abs().max().item()
+    return f"effects {_within(error)} (largest effect {other.abs().max().item():.2f})"
 
 
 @contextlib.contextmanager
@@ -194,4 +195,8 @@ def observe(
 def compare_observations(ours: Observations, other: tuple[torch.Tensor, torch.Tensor]) -> str:
     """Largest difference of any extreme."""
     error = max((ours.low[:, 0] - other[0]).abs().max().item(), (ours.high[:, 0] - other[1]).abs().max().item())
-    return f"cosines within {error:.0e}"
+    return f"cosines {_within(error)}"
+
+
+def _within(error: float) -> str:
+    return f"within {error:.0e}" if error else "identical"
