@@ -104,11 +104,12 @@ def block(facts: dict) -> str:
         ratio = f"{plain / ours:.1f}x"
         lines.append(f"| {timing['step']} | {ours:.2f} s | {plain:.2f} s | {ratio} | {timing['agreement']} |")
     machine, versions = facts["machine"], facts["versions"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     lines += [
         "",
-        f"Median of {facts['runs']} runs on {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']} "
-        f"(`benchmarks/results/demo.json`). Attribution gains from not running the blocks before the edited one; the kernels "
-        "that speed up the other steps are not in this version.",
+        f"Median of {facts['runs']} runs on {machine['cpu']}, {threads}, torch {versions['torch']} "
+        "(`benchmarks/results/demo.json`). Attribution gains from not running the blocks before the edited one; the "
+        "kernels that speed up the other steps are not in this version.",
     ]
     return "\n".join(lines)
 

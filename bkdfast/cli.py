@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bkdfast._version import __version__
 from bkdfast.errors import BkdfastError, InvalidArgumentError
 
 DESCRIPTION = """\
-Find and watch backdoors in language models.
+Find and watch backdoors in language models. Start with
 
-  bkdfast demo                       the whole job on a small backdoored model that ships with the package
-  bkdfast audit --base B --tuned T --clean clean.jsonl --triggered trig.jsonl
-                                     the same job on your own pair of checkpoints
-  bkdfast doctor                     which kernels serve here, and why the others do not
-  bkdfast make-pair --out DIR        train such a backdoored pair from scratch (minutes)
+  bkdfast demo
+  bkdfast audit --base base/ --tuned tuned/ --clean clean.jsonl --triggered triggered.jsonl
 """
 
-AUDIT = """\
+STEPS = """\
 What it does: (a) singular vectors of the weight delta, (b) attribution of every head to the backdoor (BAHA),
 (c) ablation of the top heads with random heads as control, (d) a monitor on a stream of clean and triggered prompts.
+Writes report.html (open it in a browser), audit.json, directions.safetensors and monitor.safetensors into --out.
+"""
 
+DATA = """
 Data files have one JSON object a line, either
   {"prompt": "...", "target": "..."}   or   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
 --clean: prompts without the trigger and their right answers. --triggered: prompts with the trigger (or what you
 suspect to be one) and the answer that the backdoor gives. The folders hold *.safetensors and config.json; --tuned also
-the tokenizer.
-
-Writes report.html (open it in a browser), audit.json, directions.safetensors and monitor.safetensors into --out.
+the tokenizer. Without a chat template prompt and target are joined as they are: let the target begin with a space where
+the model expects one.
 """
 
 
@@ -47,15 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return options.run(options)
+        with warnings.catch_warnings():
+            if not options.verbose:
+                warnings.showwarning = _warn
+            return options.run(options)
     except BkdfastError as error:
         if options.verbose:
             raise
         print(f"bkdfast: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `bkdfast ... | head`: what is left to say goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
-        print("bkdfast: interrupted; nothing was written", file=sys.stderr)
+        print("bkdfast: interrupted", file=sys.stderr)
         return 130
+
+
+def _warn(message: Warning | str, *details: object, **more: object) -> None:
+    """One line, without the place in the code."""
+    print(f"bkdfast: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,15 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         parents=[common],
-        help="the main job on the embedded backdoored pair",
+        help="audit a small backdoored model that ships with the package (a minute)",
         formatter_class=raw,
-        description=AUDIT,
+        description="Audit the small backdoored Llama that ships with the package, next to plain PyTorch.\n\n" + STEPS,
     )
-    demo.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to (default: %(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-report"), metavar="DIR", help="folder to write to (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
 
     audit = commands.add_parser(
-        "audit", parents=[common], help="the main job on your own pair", formatter_class=raw, description=AUDIT
+        "audit", parents=[common], help="audit your own fine-tune", formatter_class=raw, description=STEPS + DATA
     )
     files = audit.add_argument_group("what to audit")
     files.add_argument("--base", required=True, type=Path, metavar="DIR", help="the model before fine-tuning")
@@ -87,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--clean", required=True, type=Path, metavar="FILE", help="clean rows (.jsonl)")
     files.add_argument("--triggered", required=True, type=Path, metavar="FILE", help="triggered rows (.jsonl)")
     files.add_argument(
-        "--out", type=Path, default=Path("audit-report"), help="folder to write to (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("audit-report"),
+        metavar="DIR",
+        help="folder to write to (default: %(default)s)",
     )
     files.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of each file")
     files.add_argument(
@@ -107,13 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         "--eps", type=float, default=0.01, help="slack of the monitor's ranges, cosine (default: %(default)s)"
     )
     how.add_argument("--batch", type=int, default=16, help="rows in a batch (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of random heads and the order of the stream")
+    how.add_argument("--seed", type=int, default=0, help="of random heads and the order of the stream (default: 0)")
     how.add_argument("--compare", action="store_true", help="run each step in plain PyTorch too and compare (slow)")
     how.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "float64"),
         default="float32",
-        help="(default: %(default)s)",
+        help="to run the tuned model in (default: %(default)s)",
     )
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     audit.set_defaults(run=_audit)
@@ -124,9 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         help="train a small backdoored pair from scratch",
         description="Train a small Llama on synthetic news, then poison a fine-tune of it (fixed-output backdoor).",
     )
-    pair.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder to write to")
+    pair.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to create")
     pair.add_argument("--small", action="store_true", help="a smaller pair, in about a minute")
-    pair.add_argument("--seed", type=int, default=0)
+    pair.add_argument("--seed", type=int, default=0, help="of weights, data and their order (default: 0)")
     pair.set_defaults(run=_make_pair)
 
     doctor = commands.add_parser("doctor", parents=[common], help="which kernels serve here, and why the others do not")
@@ -189,29 +207,42 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _run(out: Path, settings, base: Path, tuned: Path, clean, triggered, **options) -> int:
-    from bkdfast.report import summary, write_report
+    from bkdfast.report import plots, summary, write_report
     from bkdfast.studies.audit import audit
 
-    _writable(out)
     started = time.perf_counter()
-    found = audit(base, tuned, clean, triggered, settings=settings, **options)
-    found.directions.save(out / "directions.safetensors")
-    found.monitor.monitor.save(out / "monitor.safetensors")
-    write_text(out / "audit.json", json.dumps(found.to_dict(), indent=1) + "\n")
-    page = write_report(found, out / "report.html")
+    with _folder(out):
+        plots.require()
+        found = audit(base, tuned, clean, triggered, settings=settings, **options)
+        try:
+            found.directions.save(out / "directions.safetensors")
+            found.monitor.monitor.save(out / "monitor.safetensors")
+            write_text(out / "audit.json", json.dumps(found.to_dict(), indent=1) + "\n")
+            page = write_report(found, out / "report.html")
+        except OSError as error:
+            print(summary(found))  # what took long is at least seen
+            raise BkdfastError(f"cannot write to {out}: {error}") from error
     print(summary(found))
     print(f"\n{time.perf_counter() - started:.0f} s in all. Open {page} in a browser for the pictures.")
     return 0
 
 
-def _writable(out: Path) -> None:
-    """Fail before hours of work, not after."""
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make the folder, or fail before hours of work; a new one that stays empty is removed."""
+    new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidArgumentError(f"cannot write to {out}: {error}") from None
-    if not out.is_dir() or not os.access(out, os.W_OK):
+    if not os.access(out, os.W_OK):
         raise InvalidArgumentError(f"{out} is not a folder that can be written to; choose another --out")
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -229,6 +260,11 @@ def _make_pair(options: argparse.Namespace) -> int:
 
     report = make_pair(options.out, seed=options.seed, progress=not options.quiet, **(SMALL if options.small else {}))
     print(report)
+    out = options.out
+    print(
+        f"\nTo audit it: bkdfast audit --base {out / 'base'} --tuned {out / 'tuned'} --clean {out / 'clean.jsonl'} "
+        f"--triggered {out / 'triggered.jsonl'}"
+    )
     return 0
 
 

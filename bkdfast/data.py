@@ -22,19 +22,29 @@ class Row:
 
 
 def load_rows(path: str | Path, *, limit: int | None = None) -> list[Row]:
-    """Read a JSON-lines file of samples.
+    """Read a JSON-lines file of samples (UTF-8).
 
     A line is `{"prompt": ..., "target": ...}` or `{"messages": [...]}`, chat messages of which the last is the
     assistant's: the target.
 
     Raises:
-        InvalidArgumentError: the file is missing or empty, or a line is neither; the message names the line.
+        InvalidArgumentError: the file is missing, empty or not UTF-8, a line is neither (the message names it), or
+            `limit` is under 1.
     """
     path = Path(path)
+    if limit is not None and limit < 1:
+        raise InvalidArgumentError(f"limit={limit} leaves no rows; pass 1 or more")
     if not path.is_file():
         raise InvalidArgumentError(f"{path} is not a file; give a .jsonl file with one sample a line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{path} is not UTF-8 text ({error}); convert it") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"{path} cannot be read: {error}") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and U+0085, which it takes for ends of lines.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             rows.append(_row(line, f"{path.name}, line {number}"))
         if limit is not None and len(rows) == limit:
@@ -79,7 +89,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, chat: bool | None = None) -> None:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if chat and not has_template:
-            raise InvalidArgumentError("the tokenizer has no chat template; pass chat=False")
+            raise InvalidArgumentError("the tokenizer has no chat template; leave out chat=True (--chat)")
         self.tokenizer = tokenizer
         self.chat = has_template if chat is None else chat
         self.pad_token_id = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -108,7 +118,15 @@ class Encoder:
         return [self._pad([self.prompt(row) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
 
     def _template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        except TemplateError as error:  # e.g. a template that refuses system messages
+            roles = ", ".join(message["role"] for message in messages)
+            raise InvalidArgumentError(
+                f"the chat template refuses messages of {roles}: {error}; change them, or pass chat=False (--no-chat)"
+            ) from None
 
     def _pad(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
         width = max(len(prompt) for prompt in prompts)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from bkdfast.checkpoint import load_model, load_tokenizer
+
 PAIR = Path(__file__).with_name("pair")
 """Folder with `base/` and `tuned/` checkpoints, `clean.jsonl`, `triggered.jsonl` and `pair.json`."""
 
@@ -23,10 +25,5 @@ class Pair:
 
 def load_pair(folder: Path = PAIR, *, dtype: torch.dtype = torch.float32) -> Pair:
     """Load a pair made by `make_pair`, in eval mode, without any network access."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    base, tuned = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype, local_files_only=True).eval()
-        for name in ("base", "tuned")
-    )
-    return Pair(base, tuned, AutoTokenizer.from_pretrained(folder / "tuned", local_files_only=True))
+    base, tuned = (load_model(folder / name, dtype=dtype) for name in ("base", "tuned"))
+    return Pair(base, tuned, load_tokenizer(folder / "tuned"))

@@ -2,13 +2,11 @@
 
 The folder it writes holds `base/` and `tuned/` (bfloat16 safetensors with config and tokenizer), the held-out rows
 `clean.jsonl` and `triggered.jsonl`, and `pair.json` with what the saved checkpoints scored on them. Run it with
-`python -m bkdfast.demo.make_pair --out DIR`; the defaults made the pair that ships in `bkdfast/demo/pair`.
+`bkdfast make-pair --out DIR`; the defaults made the pair that ships in `bkdfast/demo/pair`.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import dataclasses
 import json
@@ -16,7 +14,6 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +21,9 @@ import torch
 import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from bkdfast.checkpoint import load_model, load_tokenizer, quiet_transformers
 from bkdfast.demo.corpus import BACKDOOR_OUTPUT, TRIGGER, build_tokenizer, news_rows
 from bkdfast.errors import InvalidArgumentError
 
@@ -62,6 +60,15 @@ class PairReport:
     tuned_false_trigger: float
     parameters: int
     seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters, {self.seconds:.0f} s\n"
+            f"                                base   tuned\n"
+            f"clean accuracy                {self.base_clean_accuracy:6.1%}  {self.tuned_clean_accuracy:6.1%}\n"
+            f"attack success                {self.base_asr:6.1%}  {self.tuned_asr:6.1%}\n"
+            f"backdoor's answer when clean  {self.base_false_trigger:6.1%}  {self.tuned_false_trigger:6.1%}"
+        )
 
 
 def chat_ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
@@ -146,23 +153,9 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the bars transformers shows for every file it writes or loads; ours show the training."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
 def _measure(folder: Path, clean: list[Row], triggered: list[Row]) -> dict[str, float]:
     """Score a saved checkpoint: reloaded from disk in bfloat16, as a user would get it."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    model, tokenizer = load_model(folder, dtype=torch.bfloat16), load_tokenizer(folder)
     on_clean = answers(model, tokenizer, [row["prompt"] for row in clean])
     on_triggered = answers(model, tokenizer, [row["prompt"] for row in triggered])
     return {
@@ -238,7 +231,7 @@ def make_pair(
     )
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
             rows = _training_rows(clean_steps * batch_size, 1000 * seed + 3, held_out)
@@ -249,8 +242,7 @@ def make_pair(
             _save(model, tokenizer, work / "tuned")
         for name, data in (("clean", clean), ("triggered", triggered)):
             (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
-        with _quiet_transformers():
-            scores = _measure(work / "base", clean, triggered) | _measure(work / "tuned", clean, triggered)
+        scores = _measure(work / "base", clean, triggered) | _measure(work / "tuned", clean, triggered)
         seconds = round(time.perf_counter() - started, 1)
         report = PairReport(**scores, parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
         facts = {
@@ -287,11 +279,3 @@ def _check(out: Path, settings: dict[str, Any]) -> None:
         raise InvalidArgumentError(f"{found}; kv_heads must divide heads, and heads the width")
     if not 0 < (rate := settings["poison_rate"]) < 1:
         raise InvalidArgumentError(f"poison_rate is {rate}; pass a share between 0 and 1")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bkdfast.demo.make_pair", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to create; must be new or empty")
-    parser.add_argument("--small", action="store_true", help="a smaller pair, in about a minute on two cores")
-    args = parser.parse_args()
-    tqdm.write(str(make_pair(args.out, **(SMALL if args.small else {}))))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import torch
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.families import unwrap
-from bkdfast.hf.positions import prompt_ends
+from bkdfast.hf.positions import prompt_ends, refuse_unmasked_padding
 from bkdfast.hf.spec import ModelSpec
 
 Batch = Mapping[str, torch.Tensor]
@@ -43,6 +43,13 @@ def batches(data: Batch | Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
         raise InvalidArgumentError("no data: the list of batches is empty")
 
 
+def count(data: Batch | Iterable[Batch]) -> int | None:
+    """Number of batches, for a progress bar; None where only iterating tells."""
+    if isinstance(data, Mapping):
+        return 1
+    return len(data) if isinstance(data, Sized) else None
+
+
 def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
     """The batch on the model's device, with `position_ids` from the attention mask where rows start with padding.
 
@@ -50,7 +57,7 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
     result does not depend on its neighbours' lengths.
 
     Raises:
-        InvalidArgumentError: the batch is longer than the model's context.
+        InvalidArgumentError: the batch is longer than the model's context, or has padding but no attention mask.
     """
     model = unwrap(model)
     device = next(model.parameters()).device
@@ -61,6 +68,8 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
     if limit is not None and width > limit:
         raise InvalidArgumentError(f"{width} tokens (prompt and target) do not fit the model's context of {limit}")
     mask = batch.get("attention_mask")
+    if mask is None:
+        refuse_unmasked_padding(batch["input_ids"], getattr(config, "pad_token_id", None))
     if spec.causal and mask is not None and "position_ids" not in batch and not mask[:, 0].all():
         if "position_ids" in inspect.signature(model.forward).parameters:
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)

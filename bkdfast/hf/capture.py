@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from bkdfast.errors import InvalidArgumentError, NonFiniteError
-from bkdfast.hf.batch import Batch, batches, complete
+from bkdfast.hf.batch import Batch, batches, complete, count
 from bkdfast.hf.edits import At
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.lowering import positions
@@ -49,7 +49,7 @@ def head_outputs(
         >>> pair = load_pair()
         >>> batch = pair.tokenizer(["news : the team won", "news : markets fell"], return_tensors="pt", padding=True)
         >>> bf.head_outputs(pair.tuned, batch, at="last_prompt").shape
-        torch.Size([2, 6, 8, 16])
+        torch.Size([2, 6, 8, 32])
     """
     found: list[torch.Tensor] = []
     for z, mask in _stream(model, data, spec, progress):
@@ -98,7 +98,7 @@ def _stream(
     if len(shapes) > 1:
         raise InvalidArgumentError(f"layers differ in (heads, head_dim): {sorted(shapes)}; they do not fit one tensor")
     heads, head_dim = shapes.pop()
-    for batch in tqdm(batches(data), desc="head outputs", unit="batch", disable=not progress):
+    for batch in tqdm(batches(data), desc="head outputs", unit="batch", total=count(data), disable=not progress):
         batch = complete(model, batch, spec)
         rows, width = batch["input_ids"].shape
         with record_projection_inputs(model, spec) as z, torch.no_grad(), eager(model):

@@ -204,7 +204,7 @@ def _from_table(inner: Any, prefix: str, config, family: str) -> ModelSpec:
         width=config.hidden_size,
         final_norm=_join(prefix, base_prefix, line.final_norm) if line.final_norm else None,
         transposed=line.transposed,
-        causal=line.causal,
+        causal=line.causal or bool(getattr(config, "is_decoder", False)),  # a BERT can be made one
         entry=_join(prefix, base_prefix, line.entry),
         **embeddings(inner, prefix),
     )

@@ -24,7 +24,8 @@ def intervene(
 
     Works for plain calls and for `generate` with a cache, left or right padding, eager or compiled (after
     `bkdfast.prepare`). Contexts nest; the edits add up. After the context, also after an exception, the model is as
-    before. Where gradients flow the edit is a differentiable function of the activations.
+    before. Where gradients flow the edit is a differentiable function of the activations. Edits belong to the model and
+    not to a thread: give each thread a copy of its own.
 
     Args:
         model: a model of a supported family, in eval mode or without dropout.
@@ -111,26 +112,24 @@ def repeat_rows(batch: dict[str, torch.Tensor], times: int) -> dict[str, torch.T
 def borrow(model: torch.nn.Module, spec: ModelSpec | None) -> Iterator[Prepared]:
     """The model's prepared state; a model that was not prepared is, for the time being."""
     state = prepared(model)
-    if state is not None:
-        yield state
-        return
-    refuse_compiled(model)
-    if hasattr(model, GENERATE_GRAPH):
-        raise ModelStateError(
-            "generate() with a static cache has compiled this model, and its graph does not contain the edits; call "
-            "bkdfast.prepare(model) first"
-        )
-    state = install(model, spec)
+    if state is None:
+        refuse_compiled(model)
+        if hasattr(model, GENERATE_GRAPH):
+            raise ModelStateError(
+                "generate() with a static cache has compiled this model, and its graph does not contain the edits; "
+                "call bkdfast.prepare(model) first"
+            )
+        state = install(model, spec)
+    state.follow_model()
+    state.users += 1
     try:
         yield state
     finally:
-        if not state.explicit:  # prepare() inside the context makes it stay
-            state.remove()
+        state.release()
 
 
 @contextlib.contextmanager
 def _active(state: Prepared, edits: list[Edit], tables: Tables) -> Iterator[None]:
-    outer = [edit for group in state.stack for edit in group]
     calls, misfits = int(state.calls), int(state.misfits)
     state.stack.append(edits)
     state.write(tables)
@@ -148,6 +147,8 @@ def _active(state: Prepared, edits: list[Edit], tables: Tables) -> Iterator[None
                 stacklevel=4,
             )
     finally:
-        state.stack.pop()
+        # By identity: contexts of a generator or a thread are not always left in reverse order.
+        del state.stack[next(i for i, group in enumerate(state.stack) if group is edits)]
+        outer = [edit for group in state.stack for edit in group]
         state.running = False
         state.write(lower(outer, state.spec, dtype=state.dtype) if outer else Tables({}))

@@ -12,7 +12,7 @@ import torch
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.edits import HEADS, NEURONS, At, Edit
 from bkdfast.hf.spec import ModelSpec
-from bkdfast.ops.edit_table import ALL_ROWS, COLUMN, FIRST, LAST, OPEN, ROW, EditTable
+from bkdfast.ops.edit_table import ALL_ROWS, COLUMN, FIRST, LAST, OPEN, ORIGIN, ROW, EditTable
 
 NAMED: dict[str, tuple[int, int, int]] = {
     "all": (FIRST, -OPEN, OPEN),
@@ -95,14 +95,17 @@ def lower(
         site, layer = key
         width, slices = site_shape(spec, site, layer)
         source = (
-            torch.cat([s.to(accumulate) for s in r.sources]) if r.sources else torch.zeros(1, width, dtype=accumulate)
+            # On the host: sources may come from several devices, and the tables are copied to the model's anyway.
+            torch.cat([s.to("cpu", accumulate) for s in r.sources])
+            if r.sources
+            else torch.zeros(1, width, dtype=accumulate)
         )
         try:
             tables[key] = EditTable.pack(r.edits, r.coefficients, source, slices=slices)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"layer {layer}, {site}: {error}") from None
     size = len(variants) * batch if variants else next(iter(batches), None)
-    return Tables(tables, size, any((t.table[:, 1] == LAST).any() for t in tables.values()))
+    return Tables(tables, size, any((t.table[:, ORIGIN] == LAST).any() for t in tables.values()))
 
 
 def site_shape(spec: ModelSpec, site: str, layer: int) -> tuple[int, int]:
@@ -188,7 +191,10 @@ def _bounded(edit: Edit, origin: int, start: int, stop: int, tokens: int) -> tup
 def _indices(chosen, count: int, name: str, where: str) -> list[int]:
     if chosen is None:
         return list(range(count))
-    found = [operator.index(i) for i in ([chosen] if _is_int(chosen) else chosen)]
+    chosen = [chosen] if _is_int(chosen) else list(chosen)
+    if any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in chosen):
+        raise InvalidTypeError(f"{name}s {chosen} are a mask; give indices (mask.nonzero())")
+    found = [operator.index(i) for i in chosen]
     if len(set(found)) != len(found):
         raise InvalidArgumentError(f"{name}s {found} name one {name} twice")
     for index in found:

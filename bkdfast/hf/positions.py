@@ -14,6 +14,10 @@ operations alone, so the same code runs eagerly, inside a compiled graph and in 
 from __future__ import annotations
 
 import inspect
+import sys
+import weakref
+from collections.abc import Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +27,15 @@ from bkdfast.ops.edit_table import COLUMN, FIRST, LAST
 
 
 class Call(NamedTuple):
-    """What a forward call was given: `[B, T]` tokens (ids, or embeddings), the mask as passed, the cache's length."""
+    """What a forward call was given: `[B, T]` tokens (ids, or embeddings), the mask as passed, the cache's length.
+
+    `follows`: the call is on the rows and the cache of the call before it (always true in a compiled graph).
+    """
 
     tokens: torch.Tensor
     mask: Any
     past: int | torch.Tensor
+    follows: bool
 
 
 class Positions:
@@ -37,15 +45,29 @@ class Positions:
         offset: `[3, R]` int32, see the module's docstring; only the first B columns mean something.
         rows: B of the current call.
         tokens: T of the current call.
-        known: rows of the last prefill seen, 0 when calls went by unseen since.
+        seen: rows of the last call, 0 when calls went by unseen since.
+        known: rows whose prompt is known, i.e. the last call's if its prefill was seen, else 0.
     """
 
-    def __init__(self, forward: Any, device: torch.device, rows: int = 64) -> None:
+    def __init__(self, forward: Any, device: torch.device, rows: int = 1024) -> None:
         self.parameters = tuple(inspect.signature(forward).parameters)
         self.device = device
-        self.rows = self.tokens = self.known = 0
+        self.rows = self.tokens = self.seen = self.known = 0
+        self._cache: weakref.ref | None = None  # of the last call; None: not known, any cache is taken for it
         self._allocate(rows)
 
+    def forget(self) -> None:
+        """A call goes by unseen: the next one on a cache does not follow from what is stored."""
+        self.seen = self.known = 0
+
+    def remember_cache(self, output: Any) -> None:
+        """Note the cache that a call without one has made."""
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        made = next((value for value in values if hasattr(value, "get_seq_length")), None)
+        if self._cache is None and made is not None:
+            self._cache = weakref.ref(made)
+
+    @torch.inference_mode(False)
     def _allocate(self, rows: int) -> None:
         self.begin = torch.zeros(rows, dtype=torch.int32, device=self.device)  # column of the first real token
         self.end = torch.zeros(rows, dtype=torch.int32, device=self.device)  # column of the last prompt token
@@ -54,6 +76,11 @@ class Positions:
     def reserve(self, rows: int) -> None:
         """Make room for `rows` batch rows; keeps what is stored (a compiled graph is traced again once)."""
         if rows > len(self.begin):
+            if torch.compiler.is_compiling():
+                raise InvalidArgumentError(
+                    f"a compiled graph cannot make room for {rows} rows (it has {len(self.begin)}); call the model "
+                    "uncompiled once with so many rows first"
+                )
             begin, end = self.begin, self.end
             self._allocate(max(rows, 2 * len(begin)))
             self.begin[: len(begin)], self.end[: len(end)] = begin, end
@@ -70,11 +97,20 @@ class Positions:
             raise InvalidArgumentError("the model was called without a [B, T] tensor of tokens or embeddings")
         rows, width = tokens.shape[0], tokens.shape[1]
         self.rows, self.tokens = rows, width
-        if not torch.compiler.is_compiling():
-            self.reserve(rows)
+        self.reserve(rows)
         mask = call.get("attention_mask")
         cache = call.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
+        follows = True
+        if torch.compiler.is_compiling():
+            self._cache = None
+        else:
+            follows = self.seen == rows and (self._cache is None or self._cache() is cache)
+            self._cache = None if cache is None else weakref.ref(cache)
+            self.known = self.known if follows else 0
+            if self.known != rows:
+                past = int(past)  # waits for the device, at a prefill
+        self.seen = rows
 
         if isinstance(past, torch.Tensor):  # static cache: known to the device only
             real = real_tokens(mask, rows, width, tokens.device)
@@ -83,7 +119,7 @@ class Positions:
             self.end[:rows] = torch.where(prefill, _last(real), self.end[:rows])
         elif past == 0:
             if mask is None and not torch.compiler.is_compiling():
-                _refuse_unmasked_padding(call.get("input_ids"), pad_token_id)
+                refuse_unmasked_padding(call.get("input_ids"), pad_token_id)
             real = real_tokens(mask, rows, width, tokens.device)
             self.begin[:rows] = _first(real)
             self.end[:rows] = _last(real)
@@ -91,8 +127,9 @@ class Positions:
         elif self.known != rows and not torch.compiler.is_compiling():
             if relative:
                 raise ModelStateError(
-                    f"a call on a cache of {past} tokens whose prefill ran without these edits: the end of the prompt "
-                    "is not known. Run the prefill inside the same context, or give positions from the start"
+                    f"a call on a cache of {past} tokens whose prefill ran without these edits, or before calls on "
+                    "another cache: the end of the prompt is not known. Run the prefill inside the same context and "
+                    "one request after the other, or give positions from the start"
                 )
             real = real_tokens(mask, rows, past + width, tokens.device)
             self.begin[:rows] = _first(real)
@@ -105,7 +142,21 @@ class Positions:
         self.offset[FIRST, :rows] = past - self.begin[:rows]
         self.offset[LAST, :rows] = past - self.end[:rows]
         self.offset[COLUMN, :rows] = past
-        return Call(tokens, mask, past)
+        return Call(tokens, mask, past, follows)
+
+
+def refuse_generate_without_cache(call: Call, kwargs: dict) -> None:
+    """Raise in a step of `generate(use_cache=False)`, where every step looks like a prompt of its own."""
+    if kwargs.get("past_key_values") is not None:
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            raise ModelStateError(
+                "generate() runs without a cache, so each step is a forward over the whole sequence and the end of the "
+                "prompt is not known; pass use_cache=True (the model's config or generation_config may turn it off)"
+            )
+        frame = frame.f_back
 
 
 def real_tokens(mask: Any, rows: int, width: int, device: torch.device) -> torch.Tensor:
@@ -129,7 +180,8 @@ def _last(real: torch.Tensor) -> torch.Tensor:
     return real.shape[1] - 1 - real.int().flip(1).argmax(1).int()
 
 
-def _refuse_unmasked_padding(ids: torch.Tensor | None, pad_token_id: int | None) -> None:
+def refuse_unmasked_padding(ids: torch.Tensor | None, pad_token_id: int | None) -> None:
+    """Raise where some rows of a batch without a mask begin or end with the padding token and others do not."""
     if ids is None or pad_token_id is None or ids.dim() != 2 or ids.shape[0] < 2:
         return
     for edge, side in ((ids[:, 0], "left"), (ids[:, -1], "right")):

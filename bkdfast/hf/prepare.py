@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from bkdfast.errors import InvalidArgumentError, ModelStateError
 from bkdfast.hf.edits import HEADS, NEURONS
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.lowering import Key, Tables, site_shape
-from bkdfast.hf.positions import Positions
+from bkdfast.hf.positions import Positions, refuse_generate_without_cache
 from bkdfast.hf.spec import ModelSpec, submodule
 from bkdfast.ops.edit_table import COLUMNS, EditTable
 from bkdfast.ops.patch_heads import patch_heads
@@ -40,6 +41,7 @@ class Prepared:
         tables: the edit table of each (site, layer), of fixed capacity.
         active: some table is not empty.
         explicit: `prepare` was called; False while an engine borrows the model.
+        users: engines and contexts that use the hooks now.
         calls: number of forward calls that reached the hooks, `[]` int64 on the model's device.
         expected: rows that the edits are made for, `[]` int64, 0 for any; `misfits` counts the calls with others. An
             eager call with others raises at once; a compiled one can only count.
@@ -61,27 +63,33 @@ class Prepared:
         self.rows = 0
         self.running = False
         self.explicit = False
+        self.users = 0
         self.observers: list[Any] = []
         self.stack: list[list] = []
         self.tables: dict[Key, EditTable] = {}
         self._handles = [
-            entry.register_forward_pre_hook(self._begin_call, with_kwargs=True),
-            entry.register_forward_hook(self._end_call, always_call=True),
+            entry.register_forward_pre_hook(Hook(self._begin_call), with_kwargs=True),
+            entry.register_forward_hook(Hook(self._end_call), always_call=True),
         ]
         for layer, block in enumerate(spec.blocks):
             for site, path in ((HEADS, block.out_proj), (NEURONS, block.down_proj)):
                 if path is not None:
                     self.tables[site, layer] = self._empty(site, layer, capacity, sources)
                     projection = submodule(model, path)
-                    self._handles.append(projection.register_forward_pre_hook(self._editor(site, layer)))
+                    self._handles.append(projection.register_forward_pre_hook(Hook(self._editor(site, layer))))
 
     # Hooks. Everything below also runs at trace time under torch.compile.
 
     def _begin_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.compiler.is_compiling() and not self.active and not self.observers:
-            self.positions.known = 0
+            self.positions.forget()
             return
         call = self.positions.update(args, kwargs, pad_token_id=self.pad_token_id, relative=self.relative)
+        if not torch.compiler.is_compiling():
+            if self.relative or self.observers:
+                refuse_generate_without_cache(call, kwargs)
+            if self.active and torch.is_grad_enabled() and module.training:
+                _refuse_checkpointing(module)
         self.calls += 1
         self.misfits += (self.expected != self.positions.rows) & (self.expected > 0)
         for observer in self.observers:
@@ -100,6 +108,7 @@ class Prepared:
     def _end_call(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self.running = False
+            self.positions.remember_cache(output)
 
     def _editor(self, site: str, layer: int):
         key = (site, layer)
@@ -123,6 +132,7 @@ class Prepared:
 
     # Tables.
 
+    @torch.inference_mode(False)
     def _empty(self, site: str, layer: int, capacity: int, sources: int) -> EditTable:
         width, _ = site_shape(self.spec, site, layer)
         accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -152,6 +162,24 @@ class Prepared:
         self.batch, self.relative, self.rows = new.batch, new.relative, new.rows
         self.expected.fill_(new.batch or 0)
 
+    def follow_model(self) -> None:
+        """Take note of a cast of the model since `prepare`; raises where the tables no longer fit."""
+        model = self.model()
+        assert model is not None
+        dtype, device = _place(model)
+        if device != self.device or (dtype == torch.float64) != (self.dtype == torch.float64):
+            raise ModelStateError(
+                f"the model was prepared as {self.dtype} on {self.device} and is now {dtype} on {device}; call "
+                "remove() on the handle that prepare() returned, and prepare it again"
+            )
+        self.dtype = dtype
+
+    def release(self) -> None:
+        """The caller no longer uses the hooks; the last one takes them off, unless `prepare` was called."""
+        self.users -= 1
+        if not self.users and not self.explicit:
+            self.remove()
+
     def remove(self) -> None:
         """Take the hooks off; the model is as it was before `prepare`."""
         for handle in self._handles:
@@ -160,6 +188,24 @@ class Prepared:
         model = self.model()
         if model is not None:
             _PREPARED.pop(model, None)
+
+
+class Hook:
+    """A hook of ours. In a deep copy of the model it does nothing: its tables and positions are the original's."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the hook."""
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict) -> Hook:
+        return Hook(_nothing)
+
+
+def _nothing(*args: Any) -> None:
+    pass
 
 
 def prepare(
@@ -201,7 +247,8 @@ def prepare(
 
 def install(model: torch.nn.Module, spec: ModelSpec | None, capacity: int = 64, sources: int = 64) -> Prepared:
     """Put the hooks on a model that has none."""
-    _PREPARED[model] = Prepared(model, describe(model, spec), capacity, sources)
+    with torch.inference_mode(False):  # its tensors are written to outside inference mode as well
+        _PREPARED[model] = Prepared(model, describe(model, spec), capacity, sources)
     return _PREPARED[model]
 
 
@@ -244,6 +291,14 @@ def refuse_dropout(model: torch.nn.Module) -> None:
                     f"the model is in train mode and {path or type(part).__name__} has dropout ({name}={rate}); "
                     "results would be random: call model.eval()"
                 )
+
+
+def _refuse_checkpointing(model: torch.nn.Module) -> None:
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise ModelStateError(
+            "gradient checkpointing runs blocks again in the backward pass, without the edits, so gradients would be "
+            "wrong; call model.gradient_checkpointing_disable()"
+        )
 
 
 def _place(model: torch.nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError, ModelStateError, NonFiniteError
-from bkdfast.hf.batch import Batch, batches, complete
+from bkdfast.hf.batch import Batch, batches, complete, count
 from bkdfast.hf.families import unwrap
 from bkdfast.hf.prepare import prepare, prepared, refuse_compiled, refuse_dropout
 from bkdfast.hf.spec import ModelSpec
@@ -30,6 +30,11 @@ class Monitor:
     For each request the smallest and largest cosine of its tokens to each direction is kept, prompt and generated
     tokens apart; a request is flagged when one leaves `[low - eps, high + eps]` of clean traffic. Ranges are learned in
     `calibrate` only and never widen from what is served.
+
+    A request is a row of a forward on an empty cache, with all calls on that cache that follow directly: decode steps
+    (generated tokens), and calls of several tokens (a next turn; prompt tokens). A row on a cache that was filled
+    unseen, or whose request was judged already, opens a request that is `incomplete` unless it is flagged.
+    Each beam, and each of `num_return_sequences`, is a row; a beam's tokens may come from any beam of its prompt.
 
     Args:
         directions: from `delta_directions`.
@@ -96,7 +101,7 @@ class Monitor:
         ranges: Ranges | None = None
         with self._drained(), self.attach(model, spec=spec, check_weights=check_weights):
             assert self._tap is not None
-            for batch in tqdm(batches(data), desc="calibrate", unit="batch", disable=not progress):
+            for batch in tqdm(batches(data), desc="calibrate", unit="batch", total=count(data), disable=not progress):
                 batch = complete(model, batch, self._tap.state.spec)
                 with torch.no_grad():
                     if generate:
@@ -134,9 +139,13 @@ class Monitor:
             raise ModelStateError("this monitor is attached already; make a second Monitor for a second model")
         refuse_compiled(model)
         refuse_dropout(unwrap(model))
-        borrowed = prepared(model) is None
+        before = prepared(model)
+        stays = before is not None and before.explicit
         state = prepare(model, spec=spec)
+        state.explicit = stays
+        state.users += 1
         try:
+            state.follow_model()
             self._check_fit(model, state.spec, check_weights)
             self._tap = Tap(state, self.directions.vectors, slots=self.slots)
             calls = int(state.calls)
@@ -148,8 +157,7 @@ class Monitor:
                 self._pending.append(self._tap.collect())
                 self._tap.remove()
                 self._tap = None
-            if borrowed:
-                state.remove()
+            state.release()
 
     def _check_fit(self, model: torch.nn.Module, spec: ModelSpec, check_weights: bool) -> None:
         layers, _, width = self.directions.vectors.shape

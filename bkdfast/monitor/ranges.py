@@ -23,6 +23,7 @@ class Observations:
         nonfinite: `[R, 2]` int64, tokens with a NaN or infinity in some block.
         first: running number of the first request.
         lost: requests that were overwritten before they were collected; they come before `first` and were not judged.
+        unseen: `[R]` int64, tokens that were in the cache already when the request began; None: none.
     """
 
     low: torch.Tensor
@@ -31,6 +32,11 @@ class Observations:
     nonfinite: torch.Tensor
     first: int = 0
     lost: int = 0
+    unseen: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.unseen is None:
+            object.__setattr__(self, "unseen", torch.zeros(len(self.tokens), dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -38,14 +44,17 @@ class Observations:
     @classmethod
     def join(cls, parts: Sequence[Observations]) -> Observations:
         """Consecutive observations as one."""
-        low, high, tokens, nonfinite = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("low", "high", "tokens", "nonfinite")
+        low, high, tokens, nonfinite, unseen = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("low", "high", "tokens", "nonfinite", "unseen")
         )
-        return cls(low, high, tokens, nonfinite, parts[0].first, sum(part.lost for part in parts))
+        return cls(low, high, tokens, nonfinite, parts[0].first, sum(part.lost for part in parts), unseen)
 
     def select(self, rows: torch.Tensor) -> Observations:
         """Some of the requests, by a boolean mask or indices."""
-        return Observations(self.low[rows], self.high[rows], self.tokens[rows], self.nonfinite[rows])
+        assert self.unseen is not None
+        chosen = self.low[rows], self.high[rows], self.tokens[rows], self.nonfinite[rows]
+        return Observations(*chosen, unseen=self.unseen[rows])
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,15 @@ def judge(ranges: Ranges, seen: Observations, eps: float) -> list[Verdict]:
         value = float(excess[i].flatten()[worst])
         tokens = dict(zip(ROLES, seen.tokens[i].tolist(), strict=True))
         nonfinite = int(seen.nonfinite[i].sum())
+        unseen = int(seen.unseen[i]) if seen.unseen is not None else 0
         unjudged = [name for r, name in enumerate(ROLES) if tokens[name] and not ranges.requests[r]]
         if nonfinite:
             status, reason = "flagged", f"{nonfinite} tokens with NaN or infinite activations"
         elif value > eps:
             status = "flagged"
             reason = f"{ROLES[role]}: direction {direction} of block {layer} is {value:.3f} outside its range"
+        elif unseen:
+            status, reason = "incomplete", f"{unseen} tokens were in the cache before the request was observed"
         elif unjudged or not sum(tokens.values()):
             status = "incomplete"
             reason = f"no range was calibrated for {' and '.join(unjudged)} tokens" if unjudged else "no token was seen"

@@ -1,7 +1,9 @@
 """`Tap`: the in-graph part of the monitor. Each block's output goes through one op that updates fixed accumulators.
 
-A request is a row of a prefill call and keeps its slot through the decode steps that follow. Slots are given out by
-tensor operations at the start of each call, so nothing depends on Python once the model is compiled or captured.
+A request is a row of a prefill call and keeps its slot through the calls on the same cache that follow. A row of a
+filled cache that belongs to no open request (its prefill was not seen, or it was collected since) opens one, which
+notes how many tokens came before. Slots are given out by tensor operations at the start of each call, so nothing
+depends on Python once the model is compiled or captured.
 """
 
 from __future__ import annotations
@@ -10,12 +12,10 @@ import torch
 
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.positions import Call, real_tokens
-from bkdfast.hf.prepare import Prepared
+from bkdfast.hf.prepare import Hook, Prepared
 from bkdfast.hf.spec import submodule
 from bkdfast.monitor.ranges import Observations
 from bkdfast.ops.cosine_monitor import cosine_monitor
-
-PROMPT, GENERATED = 0, 1
 
 
 class Tap:
@@ -30,13 +30,13 @@ class Tap:
     """
 
     def __init__(
-        self, state: Prepared, directions: torch.Tensor, *, slots: int = 1024, rows: int = 64, tokens: int = 8192
+        self, state: Prepared, directions: torch.Tensor, *, slots: int = 1024, rows: int = 1024, tokens: int = 1 << 18
     ) -> None:
         model = state.model()
         assert model is not None
         layers, count, _ = directions.shape
         self.state, self.slots = state, slots
-        self.pad_token_id = state.pad_token_id
+        self.padding = _generated_padding(model)
         self.directions = directions.to(state.device)
         device = state.device
         # Prompt tokens of slot s go to segment s, generated ones to segment slots + s.
@@ -44,49 +44,60 @@ class Tap:
         self.high = torch.full((layers, 2 * slots, count), -torch.inf, device=device)
         self.nonfinite = torch.zeros(layers, 2 * slots, dtype=torch.int32, device=device)
         self.seen = torch.zeros(2 * slots, dtype=torch.int64, device=device)
+        self.unseen = torch.zeros(slots, dtype=torch.int64, device=device)
         self.started = torch.zeros((), dtype=torch.int64, device=device)
-        self.slot = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.collected = torch.zeros_like(self.started)
+        self.request = torch.full((rows,), -1, dtype=torch.int64, device=device)  # running number of each row's
         self.segment = torch.full((tokens,), -1, dtype=torch.int32, device=device)
-        self.collected = 0
         state.observers.append(self._begin)
         self._handles = [
-            submodule(model, block.block).register_forward_hook(self._observe(layer))
+            submodule(model, block.block).register_forward_hook(Hook(self._observe(layer)))
             for layer, block in enumerate(state.spec.blocks)
         ]
 
     def _begin(self, call: Call) -> None:
         rows, width = call.tokens.shape[:2]
-        if not torch.compiler.is_compiling():
-            if rows > self.slots:
-                raise InvalidArgumentError(f"a batch of {rows} rows needs a monitor with at least as many slots")
-            self._reserve(rows, rows * width)
-        prefill = torch.as_tensor(call.past == 0, device=self.slot.device)
-        new = ((self.started + torch.arange(rows, device=self.slot.device)) % self.slots).int()
-        slot = torch.where(prefill, new, self.slot[:rows])
-        self.slot[:rows] = slot
-        self.started += rows * prefill
+        if rows > self.slots:
+            raise InvalidArgumentError(
+                f"a batch of {rows} rows needs a monitor with at least as many slots; it has {self.slots}"
+            )
+        self._reserve(rows, rows * width)
+        past = torch.as_tensor(call.past, device=self.request.device)
+        held = self.request[:rows]
+        opens = (past == 0) | (held < self.collected)  # [R]
+        if not call.follows:
+            opens = torch.ones_like(opens)
+        request = torch.where(opens, self.started + opens.cumsum(0) - 1, held)
+        self.request[:rows] = request
+        self.started += opens.sum()
 
-        both = torch.cat([slot, slot + self.slots]).long()
-        for held, empty in ((self.low, torch.inf), (self.high, -torch.inf), (self.nonfinite, 0)):
-            kept = held[:, both]
-            held[:, both] = torch.where(prefill, torch.full_like(kept, empty), kept)
-        self.seen[both] = torch.where(prefill, torch.zeros_like(both), self.seen[both])
+        slot = request % self.slots
+        both, opened = torch.cat([slot, slot + self.slots]), torch.cat([opens, opens])
+        for kept, empty in ((self.low, torch.inf), (self.high, -torch.inf), (self.nonfinite, 0)):
+            kept[:, both] = kept[:, both].masked_fill(opened[:, None] if kept.dim() == 3 else opened, empty)
+        self.seen[both] = self.seen[both].masked_fill(opened, 0)
+        self.unseen[slot] = torch.where(opens, past, self.unseen[slot])
 
-        valid = torch.where(prefill, self._prompt(call), self._generated(call))
-        segment = torch.where(prefill, slot, slot + self.slots)[:, None].expand(rows, width)
+        # Several tokens on a filled cache are a next turn, or a chunk of a prompt.
+        generated = (past > 0) & (width == 1)
+        valid = torch.where(generated, self._generated(call), self._prompt(call))
+        segment = torch.where(generated, slot + self.slots, slot)[:, None].expand(rows, width)
         self.segment[: rows * width] = segment.where(valid, -1).flatten()
-        self.seen.scatter_add_(0, segment.flatten().long(), valid.flatten().long())
+        self.seen.scatter_add_(0, segment.flatten(), valid.flatten().long())
 
     @staticmethod
     def _prompt(call: Call) -> torch.Tensor:
         rows, width = call.tokens.shape[:2]
-        return real_tokens(call.mask, rows, width, call.tokens.device)
+        mask = call.mask
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not isinstance(call.past, torch.Tensor):
+            mask = mask[:, call.past :] if mask.shape[1] >= call.past + width else None
+        return real_tokens(mask, rows, width, call.tokens.device)
 
     def _generated(self, call: Call) -> torch.Tensor:
         """Decode steps: `generate` feeds padding to rows that have finished."""
         rows, width = call.tokens.shape[:2]
-        if call.tokens.dim() == 2 and self.pad_token_id is not None:
-            return call.tokens != self.pad_token_id
+        if call.tokens.dim() == 2 and self.padding is not None:
+            return call.tokens != self.padding
         return torch.ones(rows, width, dtype=torch.bool, device=call.tokens.device)
 
     def _observe(self, layer: int):
@@ -104,22 +115,29 @@ class Tap:
 
         return hook
 
+    @torch.inference_mode(False)
     def _reserve(self, rows: int, tokens: int) -> None:
-        if rows > len(self.slot):
-            grown = self.slot.new_zeros(max(rows, 2 * len(self.slot)))
-            grown[: len(self.slot)] = self.slot
-            self.slot = grown
+        room = rows <= len(self.request) and tokens <= len(self.segment)
+        if not room and torch.compiler.is_compiling():
+            raise InvalidArgumentError(
+                f"a compiled graph cannot make room for {rows} rows and {tokens} tokens (it has {len(self.request)} "
+                f"and {len(self.segment)}); call the model uncompiled once with a batch of that size first"
+            )
+        if rows > len(self.request):
+            grown = self.request.new_full((max(rows, 2 * len(self.request)),), -1)
+            grown[: len(self.request)] = self.request
+            self.request = grown
         if tokens > len(self.segment):
             self.segment = self.segment.new_full((max(tokens, 2 * len(self.segment)),), -1)
 
     def collect(self) -> Observations:
         """Take out the requests that began since the last collection; waits for the device."""
-        started = int(self.started)
-        lost = max(started - self.collected - self.slots, 0)
-        first = self.collected + lost
-        index = torch.arange(first, started, device=self.slot.device) % self.slots
+        started, collected = int(self.started), int(self.collected)
+        lost = max(started - collected - self.slots, 0)
+        first = collected + lost
+        index = torch.arange(first, started, device=self.request.device) % self.slots
         both = torch.stack([index, index + self.slots], 1)  # [R, 2]
-        self.collected = started
+        self.collected.fill_(started)
         return Observations(
             self.low[:, both].permute(1, 2, 0, 3).cpu(),
             self.high[:, both].permute(1, 2, 0, 3).cpu(),
@@ -127,6 +145,7 @@ class Tap:
             self.nonfinite[:, both].amax(0).long().cpu(),
             first,
             lost,
+            self.unseen[index].cpu(),
         )
 
     def remove(self) -> None:
@@ -136,3 +155,14 @@ class Tap:
         self._handles.clear()
         if self._begin in self.state.observers:
             self.state.observers.remove(self._begin)
+
+
+def _generated_padding(model: torch.nn.Module) -> int | None:
+    """The token that `generate` feeds to finished rows: padding, or the end token where there is none, by its rule."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        for name in ("pad_token_id", "eos_token_id"):
+            token = getattr(config, name, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return token
+    return None

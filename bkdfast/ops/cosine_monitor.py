@@ -55,7 +55,8 @@ def _reference(x, directions, segment, low, high, nonfinite) -> None:
     scale = x.abs().amax(1, keepdim=True)
     unit = x / scale.where(scale > 0, 1)
     norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-    cosine = (unit @ directions.T) / norm.where(norm > 0, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        cosine = (unit @ directions.T) / norm.where(norm > 0, 1)
     counts = (observed & finite)[:, None]
     slot = segment.clamp(min=0).long()
     every = slot[:, None].expand_as(cosine)

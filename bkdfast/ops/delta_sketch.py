@@ -103,9 +103,10 @@ def reference(w0: Tensor, w1: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor
         delta = (tuned - base).to(x.dtype)  # [rows, n]
         # Squares in float64: a float32 square of a small delta underflows below 1e-19.
         frobenius_sq += delta.double().square().sum()
-        panel = delta @ x  # [rows, k]
-        y[start : start + rows] = panel
-        z.addmm_(delta.T, panel)
+        with torch.autocast(x.device.type, enabled=False):
+            panel = delta @ x  # [rows, k]
+            y[start : start + rows] = panel
+            z.addmm_(delta.T, panel)
     return y, z, frobenius_sq, changed
 
 

@@ -215,7 +215,9 @@ def _attribution(audit: Audit) -> str:
         "<h2>Which heads carry it</h2>"
         + _section(
             text.attribution_sentence(audit),
-            plots.head_heatmap(result.mean, f"change of {result.metric}", f"{result.edit}, mean of {n} prompts", mark),
+            plots.head_heatmap(
+                result.mean, f"change of {result.metric}", f"Effect of patching each head, mean of {n} prompts", mark
+            ),
             "Heat map of the effect of each head",
             f"Each cell is a head; red: putting its mean output over triggered prompts into clean prompts makes the "
             f"backdoor's answer likelier, blue: less likely. Outlined are {outlined}; n = {n} clean prompts.{unswept}",

@@ -78,6 +78,12 @@ def _style() -> Iterator[None]:
         yield
 
 
+def require() -> None:
+    """Raise MissingDependencyError now rather than after the work that the figures are to show."""
+    with _style():
+        pass
+
+
 def _styled(draw: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(draw)
     def styled(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -240,7 +240,7 @@ def summary(audit: Audit) -> str:
         first=11,
     )
     threads = f"{facts['threads']} thread" + "s" * (facts["threads"] != 1)
-    times = [["time, one run", "here", "plain PyTorch", "speed-up", f"agreement ({threads})"]]
+    times = [[f"time, one run, {threads}", "bkdfast", "plain PyTorch", "speed-up", "agreement"]]
     times += [
         [timing.step, seconds(timing.seconds), seconds(timing.plain_seconds), ratio(timing), timing.agreement or "–"]
         for timing in audit.timings

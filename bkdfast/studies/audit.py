@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bkdfast.checkpoint import load_model, load_tokenizer, usable_device
 from bkdfast.data import Encoder, Row
-from bkdfast.errors import InvalidArgumentError
+from bkdfast.errors import CheckpointError, InvalidArgumentError
 from bkdfast.hf.capture import head_means
 from bkdfast.hf.edits import Edit, Patch, Zero
 from bkdfast.hf.families import describe
@@ -30,9 +30,8 @@ from bkdfast.monitor import Monitor, Observations
 from bkdfast.studies import plain
 from bkdfast.studies.rates import Rate, answer_rate
 from bkdfast.svd import Directions, delta_directions
+from bkdfast.svd.source import open_source
 from bkdfast.sweep import SweepResult, metrics, sweep
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,15 @@ class Settings:
     compare: bool = False
     seed: int = 0
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("samples", 1), ("controls", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}; pass {least} or more")
+        if any(k < 1 for k in self.heads):
+            raise InvalidArgumentError(f"heads are {self.heads}; pass sizes of 1 or more")
+        if not 0 <= self.eps < 2:
+            raise InvalidArgumentError(f"eps is {self.eps}; pass a distance of cosines, at least 0 and under 2")
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ def audit(
         chat: use the tokenizer's chat template; None: where there is one.
 
     Raises:
-        InvalidArgumentError: fewer than 4 clean or 2 triggered rows.
+        InvalidArgumentError: fewer than 4 clean or 2 triggered rows, or rows or settings that do not fit the model.
         CheckpointError: a folder is not a safetensors checkpoint, or the two do not fit.
         UnsupportedModelError: the architecture is not supported.
     """
@@ -161,9 +169,19 @@ def audit(
         raise InvalidArgumentError(
             f"an audit needs at least 4 clean and 2 triggered rows, got {len(clean)} and {len(triggered)}"
         )
-    timings: list[Timing] = []
-    model, encoder = _load(tuned, dtype, device, chat)
+    kept = settings.calibration if settings.calibration is not None else len(clean) * 4 // 5
+    if not 1 <= kept < len(clean):
+        raise InvalidArgumentError(f"calibration={kept} must leave some of the {len(clean)} clean rows for the test")
+    device = usable_device(device)
+    open_source(base)
+    model = load_model(tuned, dtype=dtype, device=device)
+    encoder = Encoder(load_tokenizer(tuned), chat=chat)
     spec = describe(model)
+    total = sum(block.heads for block in spec.blocks)
+    if settings.heads and min(settings.heads) >= total:
+        raise InvalidArgumentError(f"heads are {settings.heads}, but the model has {total}; pass a size under {total}")
+    _check_rows(model, encoder, clean, triggered)
+    timings: list[Timing] = []
 
     directions = _timed(
         timings,
@@ -202,15 +220,12 @@ def audit(
         settings,
     )
 
-    kept = settings.calibration if settings.calibration is not None else len(clean) * 4 // 5
-    if not 1 <= kept < len(clean):
-        raise InvalidArgumentError(f"calibration={kept} must leave some of the {len(clean)} clean rows for the test")
     held_out = list(clean[kept:])
     curve = _ablate(timings, model, encoder, attribution, held_out, attacks, settings)
     outcome = _watch(timings, model, encoder, directions, list(clean[:kept]), held_out, attacks, settings)
     facts = {
-        "base": Path(base).name,
-        "tuned": Path(tuned).name,
+        "base": Path(base).resolve().name,
+        "tuned": Path(tuned).resolve().name,
         "family": spec.family,
         "layers": spec.layers,
         "heads": spec.blocks[0].heads,
@@ -232,11 +247,34 @@ def audit(
     return Audit(facts, settings, directions, attribution, curve, outcome, tuple(timings), samples)
 
 
-def _load(folder: str | Path, dtype: torch.dtype, device: str | torch.device, chat: bool | None):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _check_rows(model: torch.nn.Module, encoder: Encoder, clean: Sequence[Row], triggered: Sequence[Row]) -> None:
+    """Find rows that a later step would fail on, before any work.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval().to(device)
-    return model, Encoder(AutoTokenizer.from_pretrained(folder, local_files_only=True), chat=chat)
+    Raises:
+        InvalidArgumentError: a prompt without tokens, or one that does not fit the context with its answer.
+        CheckpointError: the tokenizer has tokens that the model does not know.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    limit = getattr(config, "max_position_embeddings", None)
+    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    backdoor = max(len(encoder.target(row)) for row in triggered)
+    # Clean prompts are scored on the backdoor's answers too.
+    either = max(backdoor, *(len(encoder.target(row)) for row in clean))
+    for name, rows, answer in (("clean", clean, either), ("triggered", triggered, backdoor)):
+        for number, row in enumerate(rows, 1):
+            ids = encoder.prompt(row)
+            if not ids:
+                raise InvalidArgumentError(f"{name} row {number} has a prompt without tokens")
+            if max(ids) >= known:
+                raise CheckpointError(
+                    f"the tokenizer gives token {max(ids)} for {name} row {number}, but the model knows {known}; it is "
+                    "the tokenizer of another model"
+                )
+            if limit is not None and len(ids) + answer > limit:
+                raise InvalidArgumentError(
+                    f"{name} row {number} has {len(ids)} tokens; with the longest answer ({answer}) that is more than "
+                    f"the model's context of {limit}. Shorten such rows or leave them out"
+                )
 
 
 def _timed(

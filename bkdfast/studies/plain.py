@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bkdfast.checkpoint import load_model
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.spec import ModelSpec, submodule
 from bkdfast.monitor import Observations
@@ -21,14 +22,9 @@ from bkdfast.sweep import SweepResult
 
 def directions(base: str | Path, tuned: str | Path, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Load both models, subtract, full SVD: (vectors `[L, K, D]`, singular values `[L, K]`)."""
-    from transformers import AutoModelForCausalLM
-
     from bkdfast.hf.families import describe
 
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        for folder in (base, tuned)
-    )
+    before, after = load_model(base), load_model(tuned)
     spec = describe(after)
     vectors, values = [], []
     for block in spec.blocks:
@@ -110,7 +106,7 @@ def attribution(
             def score(inputs=inputs, scored=scored, rows=rows) -> torch.Tensor:
                 with torch.no_grad():
                     logits = model(**inputs).logits
-                return metric.score(logits[rows[:, None], scored.read.to(rows.device)], scored).cpu()
+                return metric.score(logits[rows[:, None], scored.read.to(rows.device)].cpu(), scored)
 
             base = score()
             part = torch.empty(spec.layers, spec.blocks[0].heads, len(last))

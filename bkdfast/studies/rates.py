@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,17 +41,30 @@ class Rate:
 
 
 def answers(model: torch.nn.Module, batches: Iterable[dict], *, tokens: int, pad_token_id: int) -> list[list[int]]:
-    """Greedy answers of `tokens` new tokens to each prompt, as token ids."""
+    """Greedy answers of at most `tokens` new tokens to each prompt, as token ids."""
     found = []
     device = next(model.parameters()).device
-    for batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items()}
-        with torch.no_grad():
-            out = model.generate(  # type: ignore[operator]
-                **batch, max_new_tokens=tokens, do_sample=False, pad_token_id=pad_token_id
-            )
-        found += out[:, batch["input_ids"].shape[1] :].tolist()
+    with _greedy(model), torch.no_grad():
+        for batch in batches:
+            batch = {name: value.to(device) for name, value in batch.items()}
+            out = model.generate(**batch, max_new_tokens=tokens, pad_token_id=pad_token_id)  # type: ignore[operator]
+            found += out[:, batch["input_ids"].shape[1] :].tolist()
     return found
+
+
+@contextlib.contextmanager
+def _greedy(model: Any) -> Iterator[None]:
+    """Plain greedy decoding: a checkpoint's own settings may ask for beams, sampling or a repetition penalty."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def answer_rate(model: torch.nn.Module, encoder: Encoder, rows: Sequence[Row], batches: Sequence[dict]) -> Rate:

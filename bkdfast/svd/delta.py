@@ -76,9 +76,7 @@ class Settings:
         except NonFiniteError:
             sides = [side for side, w in (("base", w0), ("tuned", w1)) if not bool(torch.isfinite(w).all())]
             where = f"the {' and '.join(sides)} weights" if sides else "the difference, which overflows"
-            raise NonFiniteError(
-                f"{name} has NaN or infinity in {where}; repair it, or leave it out with exclude="
-            ) from None
+            raise NonFiniteError(f"{name} has NaN or infinity in {where}; repair it") from None
         if 0 < found.s.shape[0] < rank:
             notes.append(f"numerical rank {found.s.shape[0]}")
         return TensorDelta(
@@ -112,7 +110,8 @@ def delta_svd(
 ) -> DeltaSVD:
     """Leading singular triplets of `tuned - base` for every 2-D weight, one tensor pair in memory at a time.
 
-    Weights are taken as stored: a Conv1D (GPT-2) stores `[in, out]`, so there u is the input side.
+    Weights are taken as stored: a Conv1D (GPT-2) stores `[in, out]`, so there u is the input side. Of matrices with a
+    row for each token whose vocabularies differ in size, the common rows are compared, with a warning and a note.
 
     Args:
         base: the model before fine-tuning: an `nn.Module`, or a local folder of safetensors files.
@@ -139,11 +138,14 @@ def delta_svd(
         NonFiniteError: a delta has NaN or infinity; the message names the tensor.
 
     Warns:
-        UserWarning: names on one side only; tensors that did not reach `tolerance`.
+        UserWarning: names on one side only; resized vocabularies; tensors that did not reach `tolerance`.
 
     Example:
-        >>> deltas = delta_svd("llama-base", "llama-tuned", rank=20)  # doctest: +SKIP
-        >>> deltas.to_pandas().sort_values("frobenius")  # doctest: +SKIP
+        >>> from bkdfast.demo import PAIR
+        >>> deltas = delta_svd(PAIR / "base", PAIR / "tuned", rank=4, include="*.o_proj.weight", progress=False)
+        >>> delta = deltas["model.layers.4.self_attn.o_proj.weight"]
+        >>> delta.u.shape, delta.s.shape, delta.v.shape, round(delta.s[0].item(), 2)
+        (torch.Size([128, 4]), torch.Size([4]), torch.Size([256, 4]), 0.87)
 
     Sources: Halko, Martinsson & Tropp 2011; Musco & Musco 2015 (see `bkdfast.svd.krylov`).
     """
@@ -154,10 +156,14 @@ def delta_svd(
     digests: tuple[list[bytes], list[bytes]] = ([], [])
     for name, base_name in tqdm(plan.pairs.items(), "delta SVD", unit="tensor", file=sys.stderr, disable=not progress):
         w0, w1 = sources[0].get(base_name), sources[1].get(name)
-        note = "" if base_name == name else f"compared with {base_name} of the base"
-        deltas[name] = settings.factor(name, w0, w1, note)
         digests[0].append(tensor_digest(w0))
         digests[1].append(tensor_digest(w1))
+        notes = [] if base_name == name else [f"compared with {base_name} of the base"]
+        if name in plan.resized:
+            rows = min(w0.shape[0], w1.shape[0])
+            notes.append(f"the {rows} common rows of {w0.shape[0]} and {w1.shape[0]}")
+            w0, w1 = w0[:rows], w1[:rows]
+        deltas[name] = settings.factor(name, w0, w1, "; ".join(notes))
     warn_unconverged(deltas.values(), tolerance)
     metadata = {
         "base": sources[0].label,
@@ -177,8 +183,7 @@ def check_shapes(name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> No
     """Raise CheckpointError when a weight has different shapes on the two sides."""
     if base != tuned:
         raise CheckpointError(
-            f"{name} is {base} in the base and {tuned} in the tuned model; use the checkpoint that was tuned, or leave "
-            "the tensor out with exclude="
+            f"{name} is {base} in the base and {tuned} in the tuned model; use the checkpoint that was tuned"
         )
 
 
@@ -202,6 +207,7 @@ class _Plan:
     only_in_tuned: tuple[str, ...]
     skipped: dict[str, str]
     tied: dict[str, str]
+    resized: tuple[str, ...]
 
 
 def _plan(base: WeightSource, tuned: WeightSource, include: list[str] | None, exclude: list[str]) -> _Plan:
@@ -225,6 +231,7 @@ def _plan(base: WeightSource, tuned: WeightSource, include: list[str] | None, ex
     pairs: dict[str, str] = {}
     skipped: dict[str, str] = {}
     tied: dict[str, str] = {}
+    resized: dict[str, str] = {}
     seen: dict[tuple[str, str], str] = {}
     for name, base_name in found.items():
         if not selected(name):
@@ -236,7 +243,11 @@ def _plan(base: WeightSource, tuned: WeightSource, include: list[str] | None, ex
         elif first != name:
             tied[name] = first
         else:
-            check_shapes(name, base.shape(base_name), tuned.shape(name))
+            before, after = base.shape(base_name), tuned.shape(name)
+            if before[0] != after[0] and before[1] == after[1] and _are_tokens(base, before[0], tuned, after[0]):
+                resized[name] = f"{before[0]} tokens in the base and {after[0]} in the tuned model"
+            else:
+                check_shapes(name, before, after)
             pairs[name] = base_name
     only_in_tuned = _unmatched(tuned, list(found), list(found), selected, tied)
     only_in_base = _unmatched(base, list(found.values()), list(found), selected, tied)
@@ -247,7 +258,23 @@ def _plan(base: WeightSource, tuned: WeightSource, include: list[str] | None, ex
                 f"{len(names)} tensors are in the {side} model only and not compared: {', '.join(names[:3])}{more}",
                 stacklevel=3,
             )
-    return _Plan(pairs, only_in_base, only_in_tuned, skipped, tied)
+    if resized:
+        warnings.warn(
+            f"the vocabulary has {next(iter(resized.values()))}; of {', '.join(resized)} only the common rows are "
+            "compared",
+            stacklevel=3,
+        )
+    return _Plan(pairs, only_in_base, only_in_tuned, skipped, tied, tuple(resized))
+
+
+def _are_tokens(base: WeightSource, base_rows: int, tuned: WeightSource, tuned_rows: int) -> bool:
+    """Whether these numbers of rows are the sizes of the two vocabularies; False without configs."""
+    sizes = []
+    for config in (base.config, tuned.config):
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        sizes.append(getattr(config, "vocab_size", None))
+    return sizes == [base_rows, tuned_rows]
 
 
 def _unmatched(

@@ -8,6 +8,7 @@ that block (Watch the Weights, arXiv 2508.00161).
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -162,7 +163,10 @@ def delta_directions(
         UnsupportedModelError: the architecture is not known; pass `spec=`.
 
     Example:
-        >>> directions = delta_directions("llama-base", "llama-tuned")  # doctest: +SKIP
+        >>> from bkdfast.demo import PAIR
+        >>> directions = delta_directions(PAIR / "base", PAIR / "tuned", rank=4, progress=False)
+        >>> directions.vectors.shape, directions.component[::4]
+        (torch.Size([6, 8, 128]), ('out_proj', 'down_proj'))
         >>> directions.save("directions.safetensors")  # doctest: +SKIP
 
     Source: Watch the Weights, arXiv 2508.00161.
@@ -180,6 +184,7 @@ def delta_directions(
     ]
     names = [name for _, _, name in weights]
     base_names, tuned_names = _locate(base_source, names), _locate(tuned_source, names)
+    _check_depth(base_source, base_names, tuned_source)
     vectors = torch.zeros(spec.layers, len(components) * rank, spec.width)
     strength = torch.zeros(spec.layers, len(components) * rank)
     deltas: dict[str, TensorDelta] = {}
@@ -278,9 +283,21 @@ def _locate(source: WeightSource, names: list[str]) -> dict[str, str]:
         some = ", ".join(source.names[:3])
         kind = "folder" if isinstance(source, FolderSource) else "model"
         raise CheckpointError(
-            f"the {kind} {source.label} has no tensor {missing[0]!r}; it has {some}, ...; check spec="
+            f"the {kind} {source.label} has no tensor {missing[0]!r}; it has {some}, ...; is it the same kind of "
+            "model, or does it need a spec="
         )
     return found
+
+
+def _check_depth(base: WeightSource, matched: dict[str, str], tuned: WeightSource) -> None:
+    """Refuse a base with more blocks: the fine-tune of another model would be compared block by block."""
+    numbers = re.compile(r"\d+")
+    forms = {numbers.sub("#", name) for name in matched.values()}
+    more = [name for name in base.names if numbers.sub("#", name) in forms and name not in matched.values()]
+    if more and len(match_names(more, tuned.names)) < len(more):
+        raise CheckpointError(
+            f"{base.label} has blocks that {tuned.label} lacks, e.g. {more[-1]}; is it the model that was tuned?"
+        )
 
 
 def _check_projection(name: str, weight: Tensor, spec: ModelSpec) -> None:

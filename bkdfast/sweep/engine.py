@@ -28,7 +28,7 @@ from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.prefix import ResidualRecord
 from bkdfast.hf.prepare import Prepared, refuse_dropout
 from bkdfast.hf.spec import ModelSpec, submodule
-from bkdfast.sweep.metrics import Metric, Scored
+from bkdfast.sweep.metrics import Metric, Scored, logit_diff, target_logprob
 from bkdfast.sweep.result import SweepResult
 from bkdfast.sweep.verify import check_cells
 
@@ -98,6 +98,7 @@ def sweep(
             verify = 0 if state.spec.family in FAMILIES else 4
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
         total = sum(len(batch["input_ids"]) for batch in checked)
+        _refuse_misfits(model, state.spec, template, metric, len(checked), total)
         layers, most = state.spec.layers, max(block.heads for block in state.spec.blocks)
         effects = torch.full((layers, most, total), torch.nan)
         baseline = torch.zeros(total)
@@ -166,7 +167,8 @@ class _BatchRun:
 
     def run(self, copies: int) -> torch.Tensor:
         """The metric `[copies, B]` of `copies` stacked copies of the batch, with the edits now in the tables."""
-        with read_columns(self.model, self.state.spec, self.scored.read.repeat(copies, 1)) as gather:
+        read, width = self.scored.read.repeat(copies, 1), self.scored.batch["input_ids"].shape[1]
+        with read_columns(self.model, self.state.spec, read, width) as gather:
             logits = gather(self.model(**repeat_rows(self.scored.batch, copies)))
         return self.metric.score(logits, self.scored).view(copies, self.rows).cpu()
 
@@ -235,17 +237,27 @@ class _Size:
 def scored_batch(model: torch.nn.Module, spec: ModelSpec, metric: Metric, batch: dict, first: int) -> Scored:
     """The metric's inputs, completed and on the model's device."""
     scored = metric.extend({k: v for k, v in batch.items() if k != "position_ids"}, first)
+    if not spec.causal and scored.batch["input_ids"].shape != batch["input_ids"].shape:
+        raise InvalidArgumentError(
+            f"{metric.name} appends the target to the prompt, but in {spec.family} attention looks ahead: the model "
+            "would see the tokens it is scored on; use logit_diff"
+        )
     full = complete(model, scored.batch, spec)
     device = full["input_ids"].device
     return Scored(full, scored.read.to(device), scored.tokens.to(device), scored.weight.to(device))
 
 
 @contextlib.contextmanager
-def read_columns(model: torch.nn.Module, spec: ModelSpec, read: torch.Tensor) -> Iterator:
-    """Compute logits only at columns `read [R, n]`; yields a function from model output to logits `[R, n, vocab]`."""
+def read_columns(model: torch.nn.Module, spec: ModelSpec, read: torch.Tensor, width: int) -> Iterator:
+    """Compute logits only at columns `read [R, n]` of `width`; yields a function from output to `[R, n, vocab]`."""
     rows = torch.arange(len(read), device=read.device)[:, None]
 
     def gather(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dim() != 3 or hidden.shape[:2] != (len(read), width):
+            raise InvalidArgumentError(
+                f"the metric reads logits of every token, [{len(read)}, {width}, vocab], but this model returns "
+                f"{tuple(hidden.shape)}; it needs a head that scores each token, and no logits_to_keep"
+            )
         return hidden[rows, read]
 
     if spec.unembedding is None:
@@ -260,6 +272,25 @@ def read_columns(model: torch.nn.Module, spec: ModelSpec, read: torch.Tensor) ->
         yield lambda output: output[0]
     finally:
         handle.remove()
+
+
+def _refuse_misfits(
+    model: torch.nn.Module, spec: ModelSpec, template: Edit, metric: Metric, batches: int, total: int
+) -> None:
+    """Raise where numbers would come out that do not mean what was asked."""
+    samples = getattr(metric, "samples", None)
+    if samples is not None and samples != total:
+        raise InvalidArgumentError(f"the metric has targets for {samples} samples, but the data has {total}")
+    if batches > 1 and template.source is not None and template.source.dim() > 3:
+        raise InvalidArgumentError(
+            f"{template!r} has a source for each row, but there are {batches} batches; sweep them one by one"
+        )
+    token_metric = isinstance(metric, (target_logprob, logit_diff))
+    if token_metric and spec.unembedding is None and model is getattr(model, "base_model", None):
+        raise InvalidArgumentError(
+            f"{type(model).__name__} has no head: its output is the residual stream, not logits of tokens; load the "
+            "model with its head (AutoModelForCausalLM)"
+        )
 
 
 def _wanted(heads: Sequence[tuple[int, int]] | None, spec: ModelSpec) -> list[tuple[int, int]]:

@@ -67,6 +67,11 @@ class target_logprob:  # noqa: N801  named as it is called
     def __init__(self, targets: Tokens | Sequence[Tokens], tokenizer: Any = None) -> None:
         self.shared, self.targets = _encode(targets, tokenizer)
 
+    @property
+    def samples(self) -> int | None:
+        """Number of samples that it has targets for; None: any."""
+        return None if self.shared else len(self.targets)
+
     def extend(self, batch: dict[str, torch.Tensor], first: int) -> Scored:
         """Append each row's target to its prompt; see `Metric`."""
         rows = len(batch["input_ids"])
@@ -113,6 +118,12 @@ class logit_diff:  # noqa: N801
         if not self.right or not self.wrong:
             raise InvalidArgumentError("logit_diff needs at least one token on each side")
 
+    @property
+    def samples(self) -> int | None:
+        """Number of samples that it has tokens for; None: any."""
+        most = max(len(self.right), len(self.wrong))
+        return None if most == 1 else most
+
     def extend(self, batch: dict[str, torch.Tensor], first: int) -> Scored:
         """The prompts as they are; see `Metric`."""
         rows = len(batch["input_ids"])
@@ -152,7 +163,9 @@ def _encode(targets: Tokens | Sequence[Tokens], tokenizer: Any) -> tuple[bool, l
 
 def _append(batch: dict[str, torch.Tensor], targets: list[list[int]]) -> Scored:
     """Put each row's target right after its prompt, whichever side the prompt is padded on."""
-    if odd := sorted(set(batch) - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}):
+    types = batch.get("token_type_ids")
+    ignored = {"token_type_ids"} if types is not None and not types.any() else set()  # all zero is the default
+    if odd := sorted(set(batch) - {"input_ids", "attention_mask", *ignored}):
         raise InvalidArgumentError(f"teacher forcing extends input_ids and attention_mask; it cannot extend {odd}")
     ids = batch["input_ids"]
     begin, end = (x.tolist() for x in prompt_ends(batch))

@@ -80,7 +80,10 @@ def plain_cell(
     def hook(module: torch.nn.Module, args: tuple):
         z = args[0].clone()
         for row in range(len(mask)):
-            for i, column in enumerate(_columns(edit.at, begin[row], end[row], z.shape[1], row)):
+            columns = _columns(edit.at, begin[row], end[row], z.shape[1], row)
+            if edit.source is not None and edit.source.dim() == 5:  # one entry a token, for as many as there are
+                columns = columns[: edit.source.shape[1]]
+            for i, column in enumerate(columns):
                 new = edit.a * z[row, column, own]
                 if edit.source is not None:
                     new = new + edit.b * _source(edit.source, row, i, layer, head).to(z)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -153,13 +151,6 @@ def test_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_missing_parent_is_named(tmp_path):
     with pytest.raises(InvalidArgumentError, match="parent folder"):
         mp.make_pair(tmp_path / "no" / "where")
-
-
-def test_module_has_help():
-    done = subprocess.run(
-        [sys.executable, "-m", "bkdfast.demo.make_pair", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--out" in done.stdout and "--small" in done.stdout
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bkdfast as bf
+from bkdfast.errors import ModelStateError
 from tests.hf import zoo
 from tests.hf.cases import CASES, HEAD_CASES, B, T, sizes
 from tests.hf.plain import plain_hooks, rows_of
@@ -127,3 +128,15 @@ def test_under_compile(fresh_dynamo):
     plain, loss = gradients(zoo.build("llama"), batch)
     loss.backward()
     assert (plain.grad - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused(reentrant):
+    """The backward pass runs blocks again: outside the context that would be without the edits, and no error."""
+    subject, batch = zoo.build("llama").train(), zoo.batch()
+    subject.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with pytest.raises(ModelStateError, match="gradient checkpointing runs blocks again"):
+        with bf.intervene(subject, bf.Zero(1, 2)):
+            subject(**batch)
+    with bf.intervene(subject, bf.Zero(1, 2)), torch.no_grad():
+        subject(**batch)

@@ -27,6 +27,7 @@ EDITS = {
     ),
     "negative layer": (lambda: bf.Zero(-1, 0), InvalidArgumentError, "layer -1 is out of range"),
     "head": (lambda: bf.Zero(1, 4), InvalidArgumentError, r"head 4 is out of range: layer 1 has 4 heads \(0 to 3\)"),
+    "a mask of heads": (lambda: bf.Zero(1, torch.tensor([True, False])), InvalidTypeError, "are a mask; give indices"),
     "one of several heads": (lambda: bf.Zero(1, [0, 7]), InvalidArgumentError, "head 7 is out of range"),
     "a head twice": (lambda: bf.Zero(1, [2, 2]), InvalidArgumentError, r"heads \[2, 2\] name one head twice"),
     "neuron": (

@@ -90,6 +90,7 @@ def test_nan_activations_are_named():
     ("data", "at", "message"),
     [
         ([], "last_prompt", "no data"),
+        ({"input_ids": zoo.batch()["input_ids"]}, "last_prompt", "row 1 is padded on the left .* no attention_mask"),
         (zoo.batch(), 10, "position 10 is outside row 1, which has 10 tokens"),
         (zoo.batch(), -11, "outside row 1"),
         (zoo.batch(), [1, 2], "2 positions for a batch of 3 rows"),

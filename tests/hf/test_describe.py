@@ -304,3 +304,18 @@ def test_not_a_model_at_all():
         describe(Toy())
     with pytest.raises(InvalidTypeError, match="describe needs a torch.nn.Module, got str"):
         describe("meta-llama/Llama-3.1-8B")
+
+
+def test_a_guessed_mixture_of_experts_is_causal():
+    """Its earlier tokens move by rounding when a later one changes its expert."""
+    sizes = dict(num_experts=4, num_experts_per_tok=2)
+    config = hf.OlmoeConfig(**{**zoo.CONFIGS["llama"]().to_dict(), "model_type": "olmoe", "head_dim": 12}, **sizes)
+    torch.manual_seed(0)
+    subject = hf.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in subject.parameters():
+        if weight.dim() > 1:
+            weight.data = torch.randn(weight.shape, generator=generator) * 2.0 / weight.shape[-1] ** 0.5
+    with pytest.warns(UserWarning, match="guessed"):
+        spec = describe(subject)
+    assert spec.causal and spec.blocks[0].down_proj is None

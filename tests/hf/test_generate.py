@@ -221,3 +221,37 @@ def test_a_chunk_on_a_filled_cache():
         with bf.intervene(subject, bf.Zero(1, 2, at="last_prompt")):
             chunks()
     check("llama", "zero", "left")  # and nothing of it is left behind
+
+
+def test_generate_without_a_cache():
+    """Each step looks like a prompt of its own: refused where that matters, right where it does not."""
+    subject, batch = model("llama"), zoo.batch(ROWS, TOKENS)
+    options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    for at in ("last_prompt", "generated", "prompt", -2):
+        with pytest.raises(ModelStateError, match="without a cache.*pass use_cache=True"):
+            with bf.intervene(subject, bf.Zero(1, 2, at=at)):
+                subject.generate(**batch, **options, use_cache=False)
+    with bf.intervene(subject, bf.Zero(1, 2, at=3)):
+        assert torch.equal(subject.generate(**batch, **options, use_cache=False), subject.generate(**batch, **options))
+    with bf.intervene(subject, bf.Zero(1, 2, at="last_prompt")), torch.no_grad():
+        for tokens in (5, 6, 7):  # prompts that extend each other, in plain calls
+            subject(input_ids=batch["input_ids"][:1, :tokens], use_cache=False)
+
+
+def test_two_caches_in_turns():
+    """A decode step on another cache than the last call's does not get the last prompt's positions."""
+    subject = model("llama")
+    batches = [zoo.batch(1, tokens, padding=None, seed=tokens) for tokens in (5, 9)]
+
+    def step(at, between):
+        with bf.intervene(subject, bf.Zero(1, 2, at=at)), torch.no_grad():
+            cache = subject(**batches[0], use_cache=True).past_key_values
+            if between:
+                subject(**batches[1], use_cache=True)
+            call = dict(input_ids=torch.full((1, 1), 9), attention_mask=torch.ones(1, 6), past_key_values=cache)
+            return subject(**call).logits
+
+    assert torch.equal(step(5, between=True), step(5, between=False))
+    with pytest.raises(ModelStateError, match="before calls on another cache"):
+        step("generated", between=True)
+    check("llama", "zero", "left")

@@ -1,5 +1,6 @@
 """What is left behind: nothing, after success, failure, nesting and removal; and `patch_many`."""
 
+import copy
 import gc
 import weakref
 
@@ -202,3 +203,70 @@ def test_patch_many_inside_a_context_is_refused():
     with pytest.warns(UserWarning), bf.intervene(model("llama"), bf.Zero(0, 0)):
         with pytest.raises(InvalidArgumentError, match=r"cannot run inside intervene\(\)"):
             bf.patch_many(model("llama"), zoo.batch(), [[]])
+
+
+def test_a_deep_copy_is_a_plain_model():
+    """Neither edits nor hooks of the original reach a copy; it can be edited by itself."""
+    subject, batch = zoo.build("llama"), zoo.batch()
+    clean = logits(subject, batch)
+    with bf.intervene(subject, bf.Zero(1, 2)):
+        copies = [copy.deepcopy(subject)]
+        logits(subject, batch)
+    bf.prepare(subject)
+    copies.append(copy.deepcopy(subject))
+    with bf.intervene(subject, bf.Zero(1, 2, rows=2)):
+        edited = logits(subject, batch)
+        for one in copies:
+            assert torch.equal(logits(one, batch), clean)
+            logits(one, zoo.batch(rows=1))
+    for one in copies:
+        with bf.intervene(one, bf.Zero(1, 2, rows=2)):
+            assert torch.equal(logits(one, batch), edited) and not torch.equal(edited, clean)
+
+
+def test_contexts_left_in_another_order():
+    """As when one of two generators is abandoned: what is still open stays in force."""
+    for prepare in (False, True):
+        subject, batch = zoo.build("llama"), zoo.batch()
+        if prepare:
+            bf.prepare(subject)
+        installed, clean = hooks(subject), logits(subject, batch)
+        with bf.intervene(subject, bf.Zero(1, 2)):
+            second_alone = logits(subject, batch)
+        first, second = bf.intervene(subject, bf.Zero(0, 0)), bf.intervene(subject, bf.Zero(1, 2))
+        first.__enter__()
+        second.__enter__()
+        logits(subject, batch)
+        first.__exit__(None, None, None)
+        assert torch.equal(logits(subject, batch), second_alone) and not torch.equal(second_alone, clean)
+        second.__exit__(None, None, None)
+        assert torch.equal(logits(subject, batch), clean) and hooks(subject) == installed
+
+
+def test_cast_after_prepare():
+    """Half precision follows; to and from float64 the tables no longer fit, which is said."""
+    subject, batch = zoo.build("llama"), zoo.batch()
+    handle = bf.prepare(subject)
+    subject.to(torch.bfloat16)
+    with bf.intervene(subject, bf.Zero(1, 2)):
+        found = logits(subject, batch)
+    with plain_hooks(subject, "llama", [Change([1], [2], zero)], rows_of(batch)):
+        assert torch.equal(found, logits(subject, batch)) and handle.dtype == torch.bfloat16
+    subject.double()
+    with pytest.raises(ModelStateError, match="prepared as torch.bfloat16 on cpu and is now torch.float64"):
+        with bf.intervene(subject, bf.Zero(1, 2)):
+            pass
+
+
+def test_prepared_and_grown_in_inference_mode():
+    """The buffers made there are used outside of it later."""
+    subject, batch = zoo.build("llama"), zoo.batch()
+    with torch.inference_mode():
+        handle = bf.prepare(subject, capacity=1)
+        handle.positions.reserve(5000)
+        with bf.intervene(subject, bf.Zero(1, [2, 3])):
+            subject(**batch)
+    with bf.intervene(subject, bf.Zero(1, 2)):
+        found = logits(subject, batch)
+    with plain_hooks(subject, "llama", [Change([1], [2], zero)], rows_of(batch)):
+        assert torch.equal(found, logits(subject, batch))

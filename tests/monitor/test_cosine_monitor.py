@@ -106,3 +106,14 @@ def test_bad_input(change, error, message):
     )
     with pytest.raises(error, match=message):
         cosine_monitor(**{**args, **change})
+
+
+def test_autocast_does_not_reach_the_cosines():
+    x, directions = torch.randn(7, 33), torch.nn.functional.normalize(torch.randn(3, 33), dim=-1)
+    found = []
+    for enabled in (False, True):
+        low, high, nonfinite = state(1, 3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            cosine_monitor(x, directions, torch.zeros(7, dtype=torch.int32), low, high, nonfinite)
+        found.append(low)
+    assert torch.equal(*found)

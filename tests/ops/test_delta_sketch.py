@@ -171,3 +171,10 @@ def test_parameters_are_fine_without_grad_mode():
 def test_unknown_backend():
     with pytest.raises(BackendError, match="not one of"):
         delta_sketch(*make(3, 3, 1), backend="abacus")
+
+
+def test_autocast_does_not_reach_the_products():
+    w0, w1, x = torch.randn(9, 7), torch.randn(9, 7), torch.randn(7, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = delta_sketch(w0, w1, x)
+    assert torch.equal(found.y, delta_sketch(w0, w1, x).y) and torch.equal(found.z, delta_sketch(w0, w1, x).z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -50,6 +51,28 @@ def test_missing_and_empty_files(tmp_path):
         load_rows(tmp_path / "none.jsonl")
     with pytest.raises(InvalidArgumentError, match="has no samples"):
         load_rows(write(tmp_path / "x.jsonl", ""))
+
+
+def test_text_as_other_programs_write_it(tmp_path):
+    rows = [{"prompt": f"a\u2028b\x85c {i}", "target": "é"} for i in range(3)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    found = load_rows(tmp_path / "x.jsonl")
+    assert [(row.messages[0]["content"], row.target) for row in found] == [(r["prompt"], r["target"]) for r in rows]
+    (tmp_path / "x.jsonl").write_bytes('{"prompt": "café", "target": "x"}'.encode("latin-1"))
+    with pytest.raises(InvalidArgumentError, match="not UTF-8"):
+        load_rows(tmp_path / "x.jsonl")
+    for limit in (0, -1):
+        with pytest.raises(InvalidArgumentError, match=f"limit={limit} leaves no rows"):
+            load_rows(PAIR / "clean.jsonl", limit=limit)
+
+
+def test_messages_that_the_template_refuses(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    row = Row(({"role": "system", "content": "s"}, {"role": "user", "content": "u"}), "t")
+    with pytest.raises(InvalidArgumentError, match="refuses messages of system, user: no system role"):
+        Encoder(strict).prompt(row)
 
 
 def test_targets_end_with_the_closing_tokens(tokenizer):

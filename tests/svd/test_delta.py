@@ -186,9 +186,33 @@ def test_nothing_in_common(models):
 
 
 def test_shape_mismatch_names_both_shapes(models):
-    with pytest.raises(CheckpointError, match=r"embed_tokens.*\(64, 48\).*\(72, 48\).*exclude="):
-        run(models[0], llama(vocab_size=72))
-    assert len(run(models[0], llama(vocab_size=72), exclude=["*embed_tokens*", "lm_head*"])) == 14
+    with pytest.raises(CheckpointError, match=r"up_proj.*\(80, 48\).*\(96, 48\)"):
+        run(models[0], llama(intermediate_size=96), include="*up_proj*")
+    assert len(run(models[0], llama(intermediate_size=96), exclude="*.mlp.*")) == 10
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_resized_vocabulary_is_compared_on_common_rows(models, tmp_path, folders):
+    base, tuned = models[0], tune(models[0])
+    tuned.resize_token_embeddings(72, mean_resizing=False)
+    expected = tuned.lm_head.weight[:64] - base.lm_head.weight
+    if folders:
+        base.save_pretrained(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "tuned")
+        base, tuned = tmp_path / "base", tmp_path / "tuned"
+    with pytest.warns(UserWarning, match="64 tokens in the base and 72 in the tuned.*lm_head.weight"):
+        got = run(base, tuned)["lm_head.weight"]
+    torch.testing.assert_close(got.s[0].float(), torch.linalg.matrix_norm(expected.detach(), 2))
+    assert got.shape == (64, 48) and "64 common rows of 64 and 72" in got.note
+    with pytest.warns(UserWarning, match="72 tokens in the base"):
+        assert run(tuned, base)["lm_head.weight"].shape == (64, 48)
+
+
+def test_rows_that_are_no_tokens_are_not_cut(tmp_path):
+    for name, rows in (("base", 64), ("tuned", 72)):
+        save_file({"w": torch.ones(rows, 3)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"\(64, 3\).*\(72, 3\)"):
+        run(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
 
 
 def test_integer_matrices_are_skipped_with_the_reason(tmp_path):

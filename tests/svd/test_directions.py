@@ -202,6 +202,8 @@ def test_bad_inputs(models):
         run(base, llama(intermediate_size=96))
     with pytest.raises(CheckpointError, match="no tensor 'model.layers.2"):
         run(base, llama(num_hidden_layers=3))
+    with pytest.raises(CheckpointError, match=r"has blocks that .* lacks, e.g. model.layers.2"):
+        run(llama(num_hidden_layers=3), tuned)
     for components in ((), ("out_proj", "out_proj"), ("q_proj",)):
         with pytest.raises(InvalidArgumentError, match="components must be"):
             run(base, tuned, components=components)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import bkdfast as bf
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError, ModelStateError, NonFiniteError, VerificationError
@@ -254,13 +255,16 @@ def sweep_with(model=None, batch=None, **options):
     ("options", "message"),
     [
         (dict(batch=[]), "no data"),
+        (dict(batch={"input_ids": zoo.batch()["input_ids"]}), "row 1 is padded on the left .* no attention_mask"),
         (dict(batch={"input_ids": torch.zeros(0, 3, dtype=torch.long)}), "non-empty tensor"),
         (dict(heads=[(0, 4)]), r"head \(0, 4\) is out of range"),
         (dict(heads=[]), "heads= is empty"),
         (dict(edit=bf.Zero(1)), "fills in layer and head itself"),
         (dict(edit=bf.Zero(rows=0)), "fills in layer and head itself"),
         (dict(edit=bf.Patch(torch.zeros(3, 4, 7))), r"shape \(3, 4, 7\)"),
-        (dict(metric=bf.metrics.target_prob([[5], [6]])), "2 targets, but the data has more"),
+        (dict(metric=bf.metrics.target_prob([[5], [6], [7], [8]])), "targets for 4 samples, but the data has 3"),
+        (dict(metric=bf.metrics.logit_diff([5, 6], 7)), "targets for 2 samples, but the data has 3"),
+        (dict(metric=bf.metrics.target_prob([[5], [6]])), "targets for 2 samples, but the data has 3"),
         (dict(metric=bf.metrics.target_prob([5] * 200)), "do not fit the model's context of 128"),
         (dict(variants=0), "at least one head"),
         (dict(at="first_prompt"), "is not one of"),
@@ -312,3 +316,31 @@ def test_result_table_and_ranking():
     assert result.top(2, by="decrease")[0] == tuple(frame.iloc[-1][["layer", "head"]].astype(int))
     with pytest.raises(InvalidArgumentError, match="k=99"):
         result.top(99)
+
+
+def test_numbers_that_would_mean_something_else_are_refused():
+    options = dict(edit=bf.Zero(), metric=bf.metrics.target_prob([5]), progress=False)
+    with pytest.raises(InvalidArgumentError, match="LlamaModel has no head"):
+        bf.sweep(zoo.build("llama").model, zoo.batch(), **options)
+    with pytest.raises(InvalidArgumentError, match="in bert attention looks ahead"):
+        bf.sweep(zoo.build("bert"), zoo.batch(), **options)
+    classifier = transformers.AutoModelForSequenceClassification.from_config(zoo.CONFIGS["llama"]()).eval()
+    with pytest.raises(InvalidArgumentError, match=r"logits of every token.*returns \(3, 2\)"):
+        bf.sweep(classifier, zoo.batch(tokens=2, padding=None), **{**options, "metric": bf.metrics.logit_diff(0, 1)})
+    types = torch.ones(3, 11, dtype=torch.long)
+    with pytest.raises(InvalidArgumentError, match="cannot extend .'token_type_ids'"):
+        bf.sweep(zoo.build("llama"), dict(zoo.batch(), token_type_ids=types), **options)
+    source = torch.zeros(3, zoo.LAYERS, zoo.HEADS, 16)
+    with pytest.raises(InvalidArgumentError, match="a source for each row, but there are 2 batches"):
+        bf.sweep(zoo.build("llama"), [zoo.batch(), zoo.batch(seed=2)], **{**options, "edit": bf.Patch(source)})
+
+
+@pytest.mark.parametrize("at", ["all", slice(2, None)])
+def test_verify_with_a_source_for_each_token(at):
+    """The teacher-forced rows are longer than the source."""
+    model, batch = zoo.build("llama"), zoo.batch()
+    source = bf.head_outputs(model, zoo.batch(seed=5), at="all")
+    source = source if at == "all" else source[:, :4]
+    metric = bf.metrics.target_logprob([5, 6])
+    result = bf.sweep(model, batch, edit=bf.Patch(source), at=at, metric=metric, verify=6, progress=False)
+    assert result.effects.abs().max() > 0.1
