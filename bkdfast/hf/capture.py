@@ -12,7 +12,7 @@ from bkdfast.errors import InvalidArgumentError, NonFiniteError
 from bkdfast.hf.batch import Batch, batches, complete, count
 from bkdfast.hf.edits import At
 from bkdfast.hf.families import describe, unwrap
-from bkdfast.hf.lowering import positions
+from bkdfast.hf.lowering import one_a_row, positions
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.prepare import prepared, refuse_dropout
 from bkdfast.hf.spec import ModelSpec, submodule
@@ -151,7 +151,7 @@ def columns(mask: torch.Tensor, at: At) -> torch.Tensor:
     spans = positions(at)
     if any(stop - start != 1 for _, start, stop in spans):
         raise InvalidArgumentError(f"at={at!r} is not one position a row; give 'last_prompt', an int or one int a row")
-    if len(spans) not in (1, len(mask)):
+    if one_a_row(at) and len(spans) != len(mask):
         raise InvalidArgumentError(f"at= gives {len(spans)} positions for a batch of {len(mask)} rows")
     spans = spans * len(mask) if len(spans) == 1 else spans
     found = torch.stack(

@@ -146,7 +146,7 @@ def _lower_one(
             if count is not None and per_row != count:
                 raise InvalidArgumentError(f"{edit!r} has a source for {per_row} rows, but a variant has {count} rows")
         targets = _targets(edit, spans, per_row, count)
-        if len(spans) > 1 and edit.rows is None:
+        if one_a_row(edit.at) and edit.rows is None:
             batches.add(len(spans))
         r = rows.setdefault((edit.site, layer), _Rows())
         for i, piece in enumerate(pieces):
@@ -163,7 +163,8 @@ def _lower_one(
 
 def _targets(edit: Edit, spans: list, per_row: int | None, count: int | None) -> list[int]:
     """Rows of the (variant's) batch that the edit addresses; [-1] for all rows of any batch."""
-    known = per_row or (len(spans) if len(spans) > 1 else None) or count
+    listed = len(spans) if len(spans) > 1 or (one_a_row(edit.at) and edit.rows is None) else None
+    known = per_row or listed or count
     if count is not None and known != count:
         raise InvalidArgumentError(f"{edit!r} gives positions for {known} rows, but a variant has {count} rows")
     if edit.rows is not None:
@@ -236,6 +237,11 @@ def _source(
 def _is_int(value: object) -> TypeGuard[SupportsIndex]:
     """An int of Python, NumPy or a 0-d tensor; arrays have `__index__` too."""
     return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
+
+
+def one_a_row(at: At) -> bool:
+    """`at` lists one position for each row."""
+    return not isinstance(at, (str, slice)) and not _is_int(at)
 
 
 def positions(at: At) -> list[tuple[int, int, int]]:

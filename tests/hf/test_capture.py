@@ -94,6 +94,7 @@ def test_nan_activations_are_named():
         (zoo.batch(), 10, "position 10 is outside row 1, which has 10 tokens"),
         (zoo.batch(), -11, "outside row 1"),
         (zoo.batch(), [1, 2], "2 positions for a batch of 3 rows"),
+        (zoo.batch(), [1], "1 positions for a batch of 3 rows"),
         (zoo.batch(), "prompt", "not one position a row"),
         ([zoo.batch(), zoo.batch()], "all", "takes one batch"),
     ],

@@ -136,3 +136,12 @@ def test_outputs_of_every_column_patch_back_to_the_run_they_came_from(padding):
     with bf.intervene(subject, bf.Patch(bf.head_outputs(subject, other, at="all"), 0)):
         patched = bf.head_outputs(subject, batch, at="all")[:, :, 0]
     assert torch.equal(patched, bf.head_outputs(subject, other, at="all")[:, :, 0])
+
+
+def test_a_list_of_one_position_is_for_a_batch_of_one():
+    with bf.intervene(model("llama"), bf.Zero(1, 2, at=[3])):
+        logits(model("llama"), zoo.batch(1))
+        with pytest.raises(InvalidArgumentError, match=f"made for a batch of 1 rows, but the model got {B}"):
+            logits(model("llama"), zoo.batch(B))
+    with pytest.raises(InvalidArgumentError, match=f"positions for 1 rows, but a variant has {B} rows"):
+        bf.patch_many(model("llama"), zoo.batch(B), [[bf.Zero(1, 2, at=[3])]])
