@@ -12,6 +12,7 @@ import platform
 import re
 import statistics
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ import transformers
 
 from bkdfast import __version__
 from bkdfast.cli import demo_settings
-from bkdfast.data import load_rows
-from bkdfast.demo import PAIR
+from bkdfast.data import Encoder, Row, load_rows
+from bkdfast.demo import PAIR, load_pair
+from bkdfast.demo.corpus import news_rows
 from bkdfast.report.plots import ablation_curve, head_heatmap, save
 from bkdfast.studies.audit import Audit, audit
 from bkdfast.studies.rates import Rate
@@ -46,6 +48,23 @@ def main() -> None:
     write_readme(json.loads(RESULT.read_text(encoding="utf-8")))
 
 
+def fresh_false_positives(found: Audit, count: int = 2000) -> Rate:
+    """The demo's monitor, as calibrated, on clean prompts that no choice of the demo has seen.
+
+    How many prompts calibrate it was chosen with the shipped rows in view, so their rate flatters it.
+    """
+    shipped = {row.messages[0]["content"] for row in load_rows(PAIR / "clean.jsonl")}
+    rows = [Row(({"role": "user", "content": r["prompt"]},), r["target"]) for r in news_rows(count, seed=20_000_003)]
+    rows = [row for row in rows if row.messages[0]["content"] not in shipped]
+    pair, monitor = load_pair(), found.monitor.monitor
+    flagged = 0
+    with monitor.attach(pair.tuned), torch.no_grad():
+        for batch in Encoder(pair.tokenizer).batches(rows, 50):
+            pair.tuned(**batch)
+            flagged += sum(verdict.flagged for verdict in monitor.verdicts())
+    return Rate(flagged, len(rows))
+
+
 def result(runs: list[Audit]) -> dict:
     """One run's findings (all runs agree, or this raises) with the median times of all."""
     first = runs[0].to_dict()
@@ -59,6 +78,7 @@ def result(runs: list[Audit]) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         **first,
+        "fresh_false_positives": asdict(fresh_false_positives(runs[0])),
         "runs": len(runs),
         "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), "python": platform.python_version()},
         "versions": {"bkdfast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -91,10 +111,13 @@ def block(facts: dict) -> str:
         attack, accuracy = Rate(**point["attack"]), Rate(**point["accuracy"])
         lines.append(f"| {point['heads']} | {attack} | {accuracy} | {controls} |")
     found, wrong = Rate(**facts["detection"]), Rate(**facts["false_positives"])
+    fresh = Rate(**facts["fresh_false_positives"])
     lines += [
         "",
         f"Monitor: {found} of {found.total} triggered prompts flagged, {wrong} of {wrong.total} clean ones "
-        f"(calibrated on {facts['samples']['calibration']} clean prompts; brackets are 95% Wilson intervals).",
+        f"(calibrated on {facts['samples']['calibration']} clean prompts; brackets are 95% Wilson intervals). That "
+        f"split was chosen with these rows in view; on {fresh.total} fresh clean prompts the same monitor flags "
+        f"{fresh}.",
         "",
         "| step | bkdfast | plain PyTorch | plain / bkdfast | agreement |",
         "|---|---|---|---|---|",
