@@ -10,6 +10,7 @@ import torch
 
 import bkdfast.ops.cosine_monitor
 import bkdfast.ops.delta_sketch
+import bkdfast.ops.norm_tap
 import bkdfast.ops.patch_heads  # noqa: F401  importing an op file registers it
 from bkdfast._build import read_build_info
 from bkdfast._version import __version__

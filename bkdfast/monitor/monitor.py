@@ -148,6 +148,8 @@ class Monitor:
             state.follow_model()
             self._check_fit(model, state.spec, check_weights)
             self._tap = Tap(state, self.directions.vectors, slots=self.slots)
+            if self.ranges is not None:
+                self._tap.judge_with(self.ranges, self.eps)
             calls = int(state.calls)
             yield self
             if int(state.calls) == calls:

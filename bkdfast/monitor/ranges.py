@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from bkdfast.errors import InvalidArgumentError
+from bkdfast.ops.monitor_state import NONE
 
 ROLES = ("prompt", "generated")
 
@@ -24,6 +26,8 @@ class Observations:
         first: running number of the first request.
         lost: requests that were overwritten before they were collected; they come before `first` and were not judged.
         unseen: `[R]` int64, tokens that were in the cache already when the request began; None: none.
+        first_outside: `[R]` int64, position of the first token that was not finite or left the ranges in force when it
+            was seen, `NONE` (2**31 - 1) without one; None: none.
     """
 
     low: torch.Tensor
@@ -33,10 +37,15 @@ class Observations:
     first: int = 0
     lost: int = 0
     unseen: torch.Tensor | None = None
+    first_outside: torch.Tensor | None = None
+
+    _PER_REQUEST: ClassVar = ("low", "high", "tokens", "nonfinite", "unseen", "first_outside")
 
     def __post_init__(self) -> None:
         if self.unseen is None:
             object.__setattr__(self, "unseen", torch.zeros(len(self.tokens), dtype=torch.int64))
+        if self.first_outside is None:
+            object.__setattr__(self, "first_outside", torch.full((len(self.tokens),), NONE))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -44,17 +53,12 @@ class Observations:
     @classmethod
     def join(cls, parts: Sequence[Observations]) -> Observations:
         """Consecutive observations as one."""
-        low, high, tokens, nonfinite, unseen = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("low", "high", "tokens", "nonfinite", "unseen")
-        )
-        return cls(low, high, tokens, nonfinite, parts[0].first, sum(part.lost for part in parts), unseen)
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in cls._PER_REQUEST}
+        return cls(**joined, first=parts[0].first, lost=sum(part.lost for part in parts))
 
     def select(self, rows: torch.Tensor) -> Observations:
         """Some of the requests, by a boolean mask or indices."""
-        assert self.unseen is not None
-        chosen = self.low[rows], self.high[rows], self.tokens[rows], self.nonfinite[rows]
-        return Observations(*chosen, unseen=self.unseen[rows])
+        return Observations(**{name: getattr(self, name)[rows] for name in self._PER_REQUEST})
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Verdict:
         direction: index into the directions of that block.
         tokens: tokens seen, by role.
         nonfinite: tokens whose activations were NaN or infinite.
+        token: position in the request (its real tokens, from 0) of the first token that left the ranges in force when
+            it was seen, or was not finite; None without one.
         reason: in words.
     """
 
@@ -118,6 +124,7 @@ class Verdict:
     direction: int
     tokens: dict[str, int]
     nonfinite: int
+    token: int | None
     reason: str
 
     @property
@@ -138,6 +145,7 @@ def judge(ranges: Ranges, seen: Observations, eps: float) -> list[Verdict]:
         tokens = dict(zip(ROLES, seen.tokens[i].tolist(), strict=True))
         nonfinite = int(seen.nonfinite[i].sum())
         unseen = int(seen.unseen[i]) if seen.unseen is not None else 0
+        first = int(seen.first_outside[i]) if seen.first_outside is not None else NONE
         unjudged = [name for r, name in enumerate(ROLES) if tokens[name] and not ranges.requests[r]]
         if nonfinite:
             status, reason = "flagged", f"{nonfinite} tokens with NaN or infinite activations"
@@ -151,7 +159,8 @@ def judge(ranges: Ranges, seen: Observations, eps: float) -> list[Verdict]:
             reason = f"no range was calibrated for {' and '.join(unjudged)} tokens" if unjudged else "no token was seen"
         else:
             status, reason = "clean", "inside all ranges"
+        token = first if status == "flagged" and first != NONE else None
         verdicts.append(
-            Verdict(seen.first + i, status, value, ROLES[role], layer, direction, tokens, nonfinite, reason)
+            Verdict(seen.first + i, status, value, ROLES[role], layer, direction, tokens, nonfinite, token, reason)
         )
     return verdicts

@@ -14,8 +14,9 @@ from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.positions import Call, real_tokens
 from bkdfast.hf.prepare import Hook, Prepared
 from bkdfast.hf.spec import submodule
-from bkdfast.monitor.ranges import Observations
+from bkdfast.monitor.ranges import Observations, Ranges
 from bkdfast.ops.cosine_monitor import cosine_monitor
+from bkdfast.ops.monitor_state import NONE, POSITION, RANGE, SEGMENT, MonitorState
 
 
 class Tap:
@@ -37,18 +38,16 @@ class Tap:
         layers, count, _ = directions.shape
         self.state, self.slots = state, slots
         self.padding = _generated_padding(model)
-        self.directions = directions.to(state.device)
         device = state.device
-        # Prompt tokens of slot s go to segment s, generated ones to segment slots + s.
-        self.low = torch.full((layers, 2 * slots, count), torch.inf, device=device)
-        self.high = torch.full((layers, 2 * slots, count), -torch.inf, device=device)
-        self.nonfinite = torch.zeros(layers, 2 * slots, dtype=torch.int32, device=device)
+        # Prompt tokens of slot s go to segment s and range row 0, generated ones to segment slots + s and row 1.
+        ranges = torch.tensor([-torch.inf, torch.inf], device=device)[:, None].expand(layers, 2, 2, count)
+        self.cosines = MonitorState.create(directions.to(device), 2 * slots, ranges)
         self.seen = torch.zeros(2 * slots, dtype=torch.int64, device=device)
         self.unseen = torch.zeros(slots, dtype=torch.int64, device=device)
         self.started = torch.zeros((), dtype=torch.int64, device=device)
         self.collected = torch.zeros_like(self.started)
         self.request = torch.full((rows,), -1, dtype=torch.int64, device=device)  # running number of each row's
-        self.segment = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        self.tokens = torch.full((3, tokens), -1, dtype=torch.int32, device=device)  # as `pack_tokens` makes them
         state.observers.append(self._begin)
         self._handles = [
             submodule(model, block.block).register_forward_hook(Hook(self._observe(layer)))
@@ -73,8 +72,9 @@ class Tap:
 
         slot = request % self.slots
         both, opened = torch.cat([slot, slot + self.slots]), torch.cat([opens, opens])
-        for kept, empty in ((self.low, torch.inf), (self.high, -torch.inf), (self.nonfinite, 0)):
-            kept[:, both] = kept[:, both].masked_fill(opened[:, None] if kept.dim() == 3 else opened, empty)
+        kept = self.cosines
+        for values, empty in ((kept.low, torch.inf), (kept.high, -torch.inf), (kept.nonfinite, 0), (kept.first, NONE)):
+            values[:, both] = values[:, both].masked_fill(opened[:, None] if values.dim() == 3 else opened, empty)
         self.seen[both] = self.seen[both].masked_fill(opened, 0)
         self.unseen[slot] = torch.where(opens, past, self.unseen[slot])
 
@@ -82,7 +82,12 @@ class Tap:
         generated = (past > 0) & (width == 1)
         valid = torch.where(generated, self._generated(call), self._prompt(call))
         segment = torch.where(generated, slot + self.slots, slot)[:, None].expand(rows, width)
-        self.segment[: rows * width] = segment.where(valid, -1).flatten()
+        before = self.unseen[slot] + self.seen[slot] + self.seen[slot + self.slots]  # tokens of the request so far
+        position = before[:, None] + valid.long().cumsum(1) - 1
+        now = self.tokens[:, : rows * width]
+        now[SEGMENT] = segment.where(valid, -1).flatten()
+        now[RANGE] = (segment >= self.slots).flatten()
+        now[POSITION] = position.flatten()
         self.seen.scatter_add_(0, segment.flatten(), valid.flatten().long())
 
     @staticmethod
@@ -103,32 +108,32 @@ class Tap:
     def _observe(self, layer: int):
         def hook(module: torch.nn.Module, args: tuple, output) -> None:
             stream = output[0] if isinstance(output, tuple) else output
-            tokens = stream.reshape(-1, stream.shape[-1])
-            cosine_monitor(
-                tokens,
-                self.directions[layer],
-                self.segment[: tokens.shape[0]],
-                self.low[layer],
-                self.high[layer],
-                self.nonfinite[layer],
-            )
+            x = stream.reshape(-1, stream.shape[-1])
+            cosine_monitor(x, self.cosines, self.tokens[:, : x.shape[0]], layer=layer)
 
         return hook
 
     @torch.inference_mode(False)
     def _reserve(self, rows: int, tokens: int) -> None:
-        room = rows <= len(self.request) and tokens <= len(self.segment)
+        room = rows <= len(self.request) and tokens <= self.tokens.shape[1]
         if not room and torch.compiler.is_compiling():
             raise InvalidArgumentError(
                 f"a compiled graph cannot make room for {rows} rows and {tokens} tokens (it has {len(self.request)} "
-                f"and {len(self.segment)}); call the model uncompiled once with a batch of that size first"
+                f"and {self.tokens.shape[1]}); call the model uncompiled once with a batch of that size first"
             )
         if rows > len(self.request):
             grown = self.request.new_full((max(rows, 2 * len(self.request)),), -1)
             grown[: len(self.request)] = self.request
             self.request = grown
-        if tokens > len(self.segment):
-            self.segment = self.segment.new_full((max(tokens, 2 * len(self.segment)),), -1)
+        if tokens > self.tokens.shape[1]:
+            self.tokens = self.tokens.new_full((3, max(tokens, 2 * self.tokens.shape[1])), -1)
+
+    def judge_with(self, ranges: Ranges, eps: float) -> None:
+        """From now on note the first token outside these ranges; a role that was not calibrated is not judged."""
+        bounds = torch.stack([ranges.low - eps, ranges.high + eps], 2).permute(1, 0, 2, 3)  # [L, 2, 2, K]
+        open_end = torch.tensor([-torch.inf, torch.inf])[:, None]
+        judged = (ranges.requests > 0)[None, :, None, None]
+        self.cosines.ranges.copy_(bounds.where(judged, open_end))
 
     def collect(self) -> Observations:
         """Take out the requests that began since the last collection; waits for the device."""
@@ -139,13 +144,14 @@ class Tap:
         both = torch.stack([index, index + self.slots], 1)  # [R, 2]
         self.collected.fill_(started)
         return Observations(
-            self.low[:, both].permute(1, 2, 0, 3).cpu(),
-            self.high[:, both].permute(1, 2, 0, 3).cpu(),
+            self.cosines.low[:, both].permute(1, 2, 0, 3).cpu(),
+            self.cosines.high[:, both].permute(1, 2, 0, 3).cpu(),
             self.seen[both].cpu(),
-            self.nonfinite[:, both].amax(0).long().cpu(),
+            self.cosines.nonfinite[:, both].amax(0).long().cpu(),
             first,
             lost,
             self.unseen[index].cpu(),
+            self.cosines.first[:, both].amin((0, 2)).long().cpu(),
         )
 
     def remove(self) -> None:

@@ -3,14 +3,19 @@
 The schema is defined here in Python, so an op exists when nothing is compiled. Kernels only add to it:
 
 - `reference`: plain PyTorch, registered under `CompositeExplicitAutograd`, i.e. for every device without a kernel.
-- `cpp`: the compiled library `bkdfast/_C*.so` registers `CPU` kernels when it is loaded (`load_extension`).
+- `cpp`, `cuda`: the compiled library `bkdfast/_C*.so` registers `CPU` and `CUDA` kernels when it is loaded.
+- `triton`: the launcher `bkdfast.triton_kernels.<op>.launch`, registered for `CUDA` (AMD GPUs too) where no compiled
+  CUDA kernel is, and imported at the first call.
 
-The dispatcher therefore picks the best one by itself; `Op.backends()` says which one that is, and why not the others.
-`BKDFAST_BACKEND=reference` keeps the compiled library from being loaded.
+The dispatcher therefore picks the best one by itself; `Op.backends()` says which are there, and why the others are not.
+`BKDFAST_BACKEND` forces one for the whole process.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +24,9 @@ import torch
 
 from bkdfast.errors import BackendError
 
+CHOICES = ("cpp", "cuda", "triton", "reference")
+FORCED = os.environ.get("BKDFAST_BACKEND", "")
+_DEVICES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 _LIBRARY = torch.library.Library("bkdfast", "DEF")
 OPS: dict[str, Op] = {}
 
@@ -30,13 +38,29 @@ class Op:
         schema: the op's schema without namespace, e.g. `"scale(Tensor(a!) x, float by) -> ()"`.
         fake: same signature; checks shapes and returns fake outputs (nothing for an op that only mutates).
         reference: same signature in plain PyTorch; it is the op's meaning.
+        triton: module of `bkdfast.triton_kernels` whose `launch` or, for the second op of a file, `launch_<name>` has
+            the same signature; None: the op has no Triton kernel.
+        composite: the reference is written in other ops of the library, whose kernels serve it.
     """
 
-    def __init__(self, schema: str, *, fake: Callable, reference: Callable) -> None:
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable,
+        reference: Callable,
+        triton: str | None = None,
+        composite: bool = False,
+    ) -> None:
         self.name = schema.split("(", 1)[0]
         self.reference = reference
+        self.triton = triton
+        self.composite = composite
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
+        self._compiled = {device: self._has_kernel(device) for device in ("CPU", "CUDA")}
+        if triton and _why_no_triton() is None and (FORCED == "triton" or not self._compiled["CUDA"]):
+            _LIBRARY.impl(self.name, self._launch, "CUDA", allow_override=True)
         torch.library.register_fake(f"bkdfast::{self.name}", fake, lib=_LIBRARY)
         self.dispatched = getattr(torch.ops.bkdfast, self.name).default
         OPS[self.name] = self
@@ -45,31 +69,77 @@ class Op:
         """Give a functional op its gradient (as `torch.library.register_autograd`)."""
         torch.library.register_autograd(f"bkdfast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
-    def resolve(self, backend: str | None) -> Callable:
-        """The callable that serves `backend` (None: the dispatcher's choice).
+    def resolve(self, backend: str | None, device: torch.device | None = None) -> Callable:
+        """The callable that serves `backend` (None: the dispatcher's choice) for tensors on `device` (None: CPU).
 
         Raises:
             BackendError: `backend` is unknown or cannot serve this op here.
         """
         if backend is None:
             return self.dispatched
-        status = self.backends()
-        if backend not in status:
-            raise BackendError(f"backend {backend!r} is not one of {sorted(status)}")
+        if backend not in CHOICES:
+            raise BackendError(f"backend {backend!r} is not one of {sorted(CHOICES)}")
         if backend == "reference":
             return self.reference
-        if status[backend] != "available":
-            raise BackendError(f"backend {backend!r} cannot serve {self.name} here: {status[backend]}")
+        status = self.backends()[backend]
+        if status != "available":
+            raise BackendError(f"backend {backend!r} cannot serve {self.name} here: {status}")
+        here = device.type if device is not None else "cpu"
+        if here != _DEVICES[backend]:
+            raise BackendError(
+                f"backend {backend!r} serves {_DEVICES[backend]} tensors, these are on {here}; move them or leave "
+                "backend= unset"
+            )
+        if backend == "triton":
+            return self._launch
+        if backend == "cuda" and FORCED == "triton":
+            raise BackendError(f"backend 'cuda' cannot serve {self.name} here: BKDFAST_BACKEND=triton replaced it")
         return self.dispatched
 
     def backends(self) -> dict[str, str]:
-        """Each backend of this op on CPU tensors: `"available"`, or why it is not."""
-        cpp = "available"
-        if EXTENSION.reason is not None:
-            cpp = EXTENSION.reason
-        elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"bkdfast::{self.name}", "CPU"):
-            cpp = "no C++ kernel for this op yet"
-        return {"cpp": cpp, "reference": "available"}
+        """Each backend of this op: `"available"`, or why it is not."""
+        status = {}
+        for backend, key in (("cpp", "CPU"), ("cuda", "CUDA")):
+            if EXTENSION.reason is not None:
+                status[backend] = EXTENSION.reason
+            elif not self._compiled[key]:
+                status[backend] = self._no_kernel(backend)
+            else:
+                status[backend] = _gpu_status() if backend == "cuda" else "available"
+        if self.triton is None:
+            status["triton"] = self._no_kernel("triton")
+        else:
+            status["triton"] = _why_no_triton() or _gpu_status()
+        return {**status, "reference": "available"}
+
+    def serving(self, device: str) -> str:
+        """The backend that the dispatcher picks for tensors on `device`, `"cpu"` or `"cuda"`."""
+        if FORCED == "reference":
+            return "reference"
+        if self.composite:
+            return "other ops"
+        if self._compiled[device.upper()] and not (device == "cuda" and FORCED == "triton" and self.triton):
+            return "cpp" if device == "cpu" else "cuda"
+        return "triton" if device == "cuda" and self.triton and _why_no_triton() is None else "reference"
+
+    def _has_kernel(self, key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"bkdfast::{self.name}", key)
+
+    def _no_kernel(self, backend: str) -> str:
+        if self.composite:
+            return "it runs on the kernels of other ops"
+        if backend == "cuda" and (reason := EXTENSION.why_no_cuda()):
+            return reason
+        language = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}[backend]
+        return f"no {language} kernel for this op"
+
+    @functools.cached_property
+    def _launcher(self) -> Callable:
+        module = importlib.import_module(f"bkdfast.triton_kernels.{self.triton}")
+        return module.launch if self.name == self.triton else getattr(module, f"launch_{self.name}")
+
+    def _launch(self, *arguments):
+        return self._launcher(*arguments)
 
 
 class Extension:
@@ -81,10 +151,10 @@ class Extension:
 
     def load(self) -> None:
         """Load `bkdfast/_C*.so` if there is one; a missing or broken library never breaks the import."""
-        wanted = os.environ.get("BKDFAST_BACKEND", "")
-        if wanted not in ("", "cpp", "reference"):
-            raise BackendError(f"BKDFAST_BACKEND={wanted!r} is not one of 'cpp', 'reference'; unset it or fix it")
-        if wanted == "reference":
+        if FORCED not in ("", *CHOICES):
+            choices = ", ".join(map(repr, CHOICES))
+            raise BackendError(f"BKDFAST_BACKEND={FORCED!r} is not one of {choices}; unset it or fix it")
+        if FORCED == "reference":
             self.reason = "BKDFAST_BACKEND=reference"
             return
         found = sorted(Path(__file__).resolve().parent.parent.glob("_C*.so"))
@@ -96,14 +166,38 @@ class Extension:
                 self.path, self.reason = found[0], None
             except OSError as error:
                 self.reason = f"{found[0].name} does not load: {error}"
-        if wanted == "cpp" and self.reason is not None:
-            raise BackendError(f"BKDFAST_BACKEND=cpp, but {self.reason}")
+        missing = {"cpp": self.reason, "cuda": self.reason or self.why_no_cuda(), "triton": _why_no_triton()}
+        if reason := missing.get(FORCED):
+            raise BackendError(f"BKDFAST_BACKEND={FORCED}, but {reason}")
+
+    def why_no_cuda(self) -> str | None:
+        """None when the library was built with its CUDA kernels."""
+        from bkdfast._build import read_build_info
+
+        cuda = read_build_info().get("cuda")
+        return None if cuda and cuda.get("built") else (cuda or {}).get("reason", "the CUDA kernels were not built")
 
 
 def _why_not_built() -> str:
     from bkdfast._build import read_build_info
 
     return read_build_info().get("reason") or "reinstall with a C++ compiler: pip install --no-build-isolation ."
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if FORCED == "reference":
+        return "BKDFAST_BACKEND=reference"
+    if FORCED == "cuda":
+        return "BKDFAST_BACKEND=cuda"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _gpu_status() -> str:
+    """`"available"` where torch can use a GPU, else why not."""
+    if torch.cuda.is_available():
+        return "available"
+    return "no GPU that torch can use" if torch.version.cuda or torch.version.hip else "this torch is a CPU build"
 
 
 EXTENSION = Extension()

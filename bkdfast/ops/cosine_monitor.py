@@ -1,17 +1,28 @@
-"""`cosine_monitor`: cosines of tokens to directions, reduced to the minimum and maximum of each request segment.
+"""`cosine_monitor`: cosines of tokens to directions, reduced per segment (request) and compared with ranges.
 
-    c[n, k] = <x[n], d[k]> / |x[n]|          (0 where x[n] is zero)
-    low[s, k]  <- min(low[s, k],  c[n, k])   over tokens n with segment[n] = s
-    high[s, k] <- max(high[s, k], c[n, k])   likewise
-    nonfinite[s] += 1                        for every token of s with a NaN or infinity, which enters no extreme
+    c[l, n, k] = <x[l, n], d[l, k]> / |x[l, n]|        (0 where x[l, n] is zero)
 
-Shapes and dtypes: x `[N, D]` floating point; directions `[K, D]` float32 unit rows (a row of zeros gives 0); segment
-`[N]` int32, negative for tokens that are not observed (padding, other rows of a captured graph); low, high `[S, K]`
-float32 and nonfinite `[S]` int32, updated in place. Accumulation in float32. Nothing synchronises with the host.
+and for every token n with a segment s = tokens[SEGMENT, n] >= 0, in block l:
 
-Floor: N*D and K*D read once; at decode (N small) the directions dominate.
+    extremes[l, s, 0, k] <- min(extremes[l, s, 0, k], c[l, n, k])
+    extremes[l, s, 1, k] <- max(extremes[l, s, 1, k], c[l, n, k])
+    counts[l, s, 0]      += 1 if the token is not finite; it then enters no extreme
+    counts[l, s, 1]      <- min(counts[l, s, 1], tokens[POSITION, n]) if the token offends
 
-The reference serves every device so far. Source of the method: Watch the Weights (arXiv 2508.00161).
+A token offends when it is not finite, or when r = tokens[RANGE, n] >= 0 and some cosine is below `ranges[l, r, 0, k]`
+or above `ranges[l, r, 1, k]`. Not finite means that |x|^2 is not finite in float32: NaN, infinity, or |x| above 1.8e19.
+A token is zero where |x|^2 is below the smallest normal float32 (|x| below 1.1e-19).
+
+Shapes and dtypes: x `[N, D]`, or `[M, N, D]` for the M blocks from `layer` on in one launch (the step buffer of
+decode), float16, bfloat16, float32 or float64, any strides; directions `[L, K, D]` float32 unit rows; tokens `[3, N]`
+int32, any strides; ranges `[L, R, 2, K]` float32; extremes `[L, S, 2, K]` float32 and counts `[L, S, 2]` int32, updated
+in place. The state's tensors are contiguous. Sums in float32. A segment >= S and a range row >= R are skipped like
+negative ones; `pack_tokens` refuses them with a message. Minimum and maximum do not depend on order, so results repeat
+bit for bit.
+
+Floor: N*D and K*D read once per block, 2 N K D flops; at decode (N small) reading the directions dominates.
+
+Source of the method: Watch the Weights (arXiv 2508.00161).
 """
 
 from __future__ import annotations
@@ -20,91 +31,116 @@ import torch
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.ops._library import Op
+from bkdfast.ops.monitor_state import NONE, POSITION, RANGE, SEGMENT, MonitorState
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check(x, directions, segment, low, high, nonfinite) -> None:
-    if x.dim() != 2 or directions.dim() != 2 or x.shape[1] != directions.shape[1]:
+def check(x, directions, tokens, ranges, extremes, counts, layer) -> None:
+    """Refuse what does not fit; also used by `norm_tap`."""
+    blocks = x.shape[0] if x.dim() == 3 else 1
+    if x.dim() not in (2, 3) or directions.dim() != 3 or x.shape[-1] != directions.shape[2]:
         raise InvalidArgumentError(
-            f"x must be [N, D] and directions [K, D], got {tuple(x.shape)} and {tuple(directions.shape)}"
+            f"x must be [N, D] or [M, N, D] and directions [L, K, D], "
+            f"got {tuple(x.shape)} and {tuple(directions.shape)}"
         )
-    if not x.is_floating_point() or directions.dtype != torch.float32:
-        raise InvalidTypeError(f"x must be floating point and directions float32, got {x.dtype} and {directions.dtype}")
-    if segment.shape != x.shape[:1] or segment.dtype != torch.int32:
-        raise InvalidArgumentError(f"segment must be [{len(x)}] int32, got {tuple(segment.shape)} {segment.dtype}")
-    slots = nonfinite.shape[0] if nonfinite.dim() == 1 else -1
-    wanted = (slots, directions.shape[0])
-    if tuple(low.shape) != wanted or tuple(high.shape) != wanted or nonfinite.dtype != torch.int32:
+    layers, count, _ = directions.shape
+    if not 0 <= layer <= layers - blocks:
+        raise InvalidArgumentError(f"blocks {layer} to {layer + blocks - 1} of x, but the directions have {layers}")
+    if tuple(tokens.shape) != (3, x.shape[-2]) or tokens.dtype != torch.int32:
+        raise InvalidArgumentError(f"tokens must be [3, {x.shape[-2]}] int32, got {tuple(tokens.shape)} {tokens.dtype}")
+    segments = counts.shape[1] if counts.dim() == 3 else -1
+    if tuple(counts.shape) != (layers, segments, 2) or tuple(extremes.shape) != (layers, segments, 2, count):
         raise InvalidArgumentError(
-            f"low and high must be [S, {directions.shape[0]}] and nonfinite [S] int32, "
-            f"got {tuple(low.shape)}, {tuple(high.shape)}, {tuple(nonfinite.shape)} {nonfinite.dtype}"
+            f"extremes must be [{layers}, S, 2, {count}] and counts [{layers}, S, 2], "
+            f"got {tuple(extremes.shape)} and {tuple(counts.shape)}"
         )
-    if low.dtype != torch.float32 or high.dtype != torch.float32:
-        raise InvalidTypeError(f"low and high must be float32, got {low.dtype} and {high.dtype}")
+    if ranges.dim() != 4 or (ranges.shape[0], *ranges.shape[2:]) != (layers, 2, count):
+        raise InvalidArgumentError(f"ranges must be [{layers}, R, 2, {count}], got {tuple(ranges.shape)}")
+    if x.dtype not in _DTYPES:
+        raise InvalidTypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name, tensor in (("directions", directions), ("ranges", ranges), ("extremes", extremes)):
+        if tensor.dtype != torch.float32:
+            raise InvalidTypeError(f"{name} must be float32, got {tensor.dtype}")
+    if counts.dtype != torch.int32:
+        raise InvalidTypeError(f"counts must be int32, got {counts.dtype}")
+    state = (("directions", directions), ("ranges", ranges), ("extremes", extremes), ("counts", counts))
+    for name, tensor in state:
+        if not tensor.is_contiguous():
+            raise InvalidArgumentError(f"{name} must be contiguous, its strides are {tensor.stride()}")
+    for name, tensor in (*state, ("tokens", tokens)):
+        if tensor.device != x.device:
+            raise InvalidArgumentError(f"{name} is on {tensor.device} but x is on {x.device}; move it there")
 
 
-def _fake(x, directions, segment, low, high, nonfinite) -> None:
-    _check(x, directions, segment, low, high, nonfinite)
+def _fake(x, directions, tokens, ranges, extremes, counts, layer) -> None:
+    check(x, directions, tokens, ranges, extremes, counts, layer)
 
 
-def _reference(x, directions, segment, low, high, nonfinite) -> None:
-    _check(x, directions, segment, low, high, nonfinite)
-    x = x.float()
-    finite = torch.isfinite(x).all(1)
-    observed = segment >= 0
-    # The norm of x / max|x| neither overflows nor underflows; the cosine does not depend on the scale.
-    scale = x.abs().amax(1, keepdim=True)
-    unit = x / scale.where(scale > 0, 1)
-    norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+def _reference(x, directions, tokens, ranges, extremes, counts, layer) -> None:
+    check(x, directions, tokens, ranges, extremes, counts, layer)
+    x = (x if x.dim() == 3 else x[None]).float()  # [M, N, D]
+    blocks = slice(layer, layer + len(x))
+    segments, rows = counts.shape[1], ranges.shape[1]
+    if segments == 0:
+        return
+    square = x.square().sum(2)  # [M, N]
+    zero, finite = square < torch.finfo(torch.float32).tiny, square.isfinite()
     with torch.autocast(x.device.type, enabled=False):
-        cosine = (unit @ directions.T) / norm.where(norm > 0, 1)
-    counts = (observed & finite)[:, None]
-    slot = segment.clamp(min=0).long()
-    every = slot[:, None].expand_as(cosine)
-    low.scatter_reduce_(0, every, cosine.where(counts, torch.inf), "amin")
-    high.scatter_reduce_(0, every, cosine.where(counts, -torch.inf), "amax")
-    nonfinite.scatter_add_(0, slot, (observed & ~finite).int())
+        cosine = x @ directions[blocks].mT / square.sqrt()[:, :, None]  # [M, N, K]
+    cosine = cosine.masked_fill(zero[:, :, None], 0)
+
+    segment, row, position = tokens[SEGMENT], tokens[RANGE], tokens[POSITION]
+    observed = (segment >= 0) & (segment < segments)
+    slot = segment.where(observed, 0).long()
+    every = slot[None, :, None].expand_as(cosine)
+    enters = (observed & finite)[:, :, None]
+    extremes[blocks, :, 0].scatter_reduce_(1, every, cosine.where(enters, torch.inf), "amin")
+    extremes[blocks, :, 1].scatter_reduce_(1, every, cosine.where(enters, -torch.inf), "amax")
+
+    offends = ~finite
+    if rows:
+        low, high = ranges[blocks, row.clamp(0, rows - 1).long()].unbind(2)  # [M, N, K]
+        offends |= ((cosine < low) | (cosine > high)).any(2) & (row >= 0) & (row < rows)
+    counts[blocks, :, 0].scatter_add_(1, slot.expand(len(x), -1), (observed & ~finite).int())
+    where = position.expand_as(offends).where(observed & offends, NONE)
+    counts[blocks, :, 1].scatter_reduce_(1, slot.expand(len(x), -1), where, "amin")
 
 
-_op = Op(
-    "cosine_monitor(Tensor x, Tensor directions, Tensor segment, "
-    "Tensor(a!) low, Tensor(b!) high, Tensor(c!) nonfinite) -> ()",
+OP = Op(
+    "cosine_monitor(Tensor x, Tensor directions, Tensor tokens, Tensor ranges, "
+    "Tensor(a!) extremes, Tensor(b!) counts, int layer) -> ()",
     fake=_fake,
     reference=_reference,
+    triton="cosine_monitor",
 )
 
 
 def cosine_monitor(
-    x: torch.Tensor,
-    directions: torch.Tensor,
-    segment: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    nonfinite: torch.Tensor,
-    *,
-    backend: str | None = None,
+    x: torch.Tensor, state: MonitorState, tokens: torch.Tensor, *, layer: int = 0, backend: str | None = None
 ) -> None:
-    """Update the extremes of each request's cosines with the tokens `x`; see the module's docstring.
+    """Update the accumulators of `state` with tokens of one block or of several; see the module's docstring.
 
     Args:
-        x: `[N, D]` residual stream of N tokens.
-        directions: `[K, D]` float32 unit rows.
-        segment: `[N]` int32 slot of each token's request, negative for tokens that are not observed.
-        low: `[S, K]` float32, start at +inf.
-        high: `[S, K]` float32, start at -inf.
-        nonfinite: `[S]` int32, start at 0.
-        backend: `"reference"`; None: the fastest that is there.
+        x: `[N, D]` residual stream of N tokens after block `layer`, or `[M, N, D]` after blocks `layer`, ...,
+            `layer + M - 1`.
+        state: directions, ranges and accumulators; `MonitorState.create` makes and checks one.
+        tokens: `[3, N]` int32, segment, range row and position of each token; `pack_tokens` makes and checks one.
+        layer: index of x's (first) block in the state.
+        backend: `"cpp"`, `"cuda"`, `"triton"` or `"reference"`; None: the fastest that is there.
 
     Raises:
-        InvalidArgumentError: shapes do not fit.
+        InvalidArgumentError: shapes, strides or devices do not fit.
         InvalidTypeError: dtypes do not fit.
         BackendError: the backend cannot serve here.
 
     Example:
         >>> import torch
-        >>> low, high = torch.full((1, 2), torch.inf), torch.full((1, 2), -torch.inf)
-        >>> x, segment = torch.tensor([[3.0, 4.0]]), torch.zeros(1, dtype=torch.int32)
-        >>> cosine_monitor(x, torch.eye(2), segment, low, high, torch.zeros(1, dtype=torch.int32))
-        >>> high
-        tensor([[0.6000, 0.8000]])
+        >>> state = MonitorState.create(torch.eye(2), segments=1, ranges=torch.tensor([[[[-1.0, -1], [1, 0.7]]]]))
+        >>> cosine_monitor(torch.tensor([[3.0, 4.0]]), state, torch.tensor([[0], [0], [5]]).int())
+        >>> state.high, state.first
+        (tensor([[[0.6000, 0.8000]]]), tensor([[5]], dtype=torch.int32))
     """
-    _op.resolve(backend)(x.detach(), directions, segment, low, high, nonfinite)
+    OP.resolve(backend, x.device)(
+        x.detach(), state.directions, tokens, state.ranges, state.extremes, state.counts, layer
+    )

@@ -111,7 +111,10 @@ def reference(w0: Tensor, w1: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 OP = Op(
-    "delta_sketch(Tensor w0, Tensor w1, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)", fake=fake, reference=reference
+    "delta_sketch(Tensor w0, Tensor w1, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=fake,
+    reference=reference,
+    triton="delta_sketch",
 )
 
 
@@ -122,7 +125,7 @@ def delta_sketch(w0: Tensor, w1: Tensor, x: Tensor, *, backend: str | None = Non
         w0: base weights `[m, n]`; bfloat16, float16, float32 or float64, any strides.
         w1: tuned weights `[m, n]`, the same set of dtypes, not necessarily `w0`'s.
         x: block of n-vectors `[n, k]`, float32; float64 when both weights are float64.
-        backend: force a backend (`"cpp"`, `"reference"`); None lets the dispatcher choose.
+        backend: `"cpp"`, `"cuda"`, `"triton"` or `"reference"`; None: the fastest that is there.
 
     Returns:
         `DeltaSketch(y, z, frobenius_sq, changed)`: `[m, k]`, `[n, k]`, float64 scalar, int64 scalar, on x's device.
@@ -145,4 +148,4 @@ def delta_sketch(w0: Tensor, w1: Tensor, x: Tensor, *, backend: str | None = Non
         raise InvalidArgumentError(
             "delta_sketch has no gradient; pass detached tensors or call it under torch.no_grad()"
         )
-    return DeltaSketch(*OP.resolve(backend)(w0, w1, x))
+    return DeltaSketch(*OP.resolve(backend, w0.device)(w0, w1, x))

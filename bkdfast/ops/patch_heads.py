@@ -96,6 +96,7 @@ _op = Op(
     "patch_heads(Tensor(a!) z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) -> ()",
     fake=_fake,
     reference=_reference,
+    triton="patch_heads",
 )
 
 
@@ -114,6 +115,7 @@ _functional = Op(
     "patch_heads_functional(Tensor z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) -> Tensor",
     fake=_functional_fake,
     reference=_functional_reference,
+    composite=True,
 )
 
 
@@ -142,7 +144,7 @@ def patch_heads(
         edits: the table; `EditTable.pack` makes and checks one.
         offset: `[origins, >=B]` int32, position of each row's first token from each origin; None: zeros (origin 0 is
             then this call's first token).
-        backend: `"cpp"` or `"reference"`; None: the fastest that is there.
+        backend: `"cpp"`, `"cuda"`, `"triton"` or `"reference"`; None: the fastest that is there.
 
     Returns:
         z itself, edited in place; under autograd (grad mode on and z requires a gradient) a new tensor.
@@ -169,7 +171,7 @@ def patch_heads(
     try:
         if functional:
             return _functional.dispatched(z, *tensors)
-        _op.resolve(backend)(z, *tensors)
+        _op.resolve(backend, z.device)(z, *tensors)
     except RuntimeError as error:
         if "patch_heads: " in str(error):  # a check of the compiled kernel
             raise InvalidArgumentError(str(error).rsplit("patch_heads: ", 1)[1]) from None
