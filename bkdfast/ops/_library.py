@@ -58,6 +58,7 @@ class Op:
         self.composite = composite
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
+        self._resolved: dict[tuple[str, str], Callable] = {}
         self._compiled = {device: self._has_kernel(device) for device in ("CPU", "CUDA")}
         if triton and _why_no_triton() is None and (FORCED == "triton" or not self._compiled["CUDA"]):
             _LIBRARY.impl(self.name, self._launch, "CUDA", allow_override=True)
@@ -77,14 +78,19 @@ class Op:
         """
         if backend is None:
             return self.dispatched
-        if backend not in CHOICES:
-            raise BackendError(f"backend {backend!r} is not one of {sorted(CHOICES)}")
         if backend == "reference":
             return self.reference
+        here = device.type if device is not None else "cpu"
+        if (backend, here) not in self._resolved:
+            self._resolved[backend, here] = self._resolve(backend, here)
+        return self._resolved[backend, here]
+
+    def _resolve(self, backend: str, here: str) -> Callable:
+        if backend not in CHOICES:
+            raise BackendError(f"backend {backend!r} is not one of {sorted(CHOICES)}")
         status = self.backends()[backend]
         if status != "available":
             raise BackendError(f"backend {backend!r} cannot serve {self.name} here: {status}")
-        here = device.type if device is not None else "cpu"
         if here != _DEVICES[backend]:
             raise BackendError(
                 f"backend {backend!r} serves {_DEVICES[backend]} tensors, these are on {here}; move them or leave "

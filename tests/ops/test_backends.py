@@ -71,6 +71,7 @@ def test_unknown_backend():
 
 
 def test_a_backend_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.setattr(_op, "_resolved", {})
     monkeypatch.setattr(EXTENSION, "reason", "no compiler was found")
     with pytest.raises(BackendError, match="'cpp' cannot serve patch_heads here: no compiler was found"):
         patch_heads(torch.ones(2, 3, 8), EDIT, backend="cpp")

@@ -1,0 +1,201 @@
+"""Time every op next to plain PyTorch: `python -m benchmarks.run` (or `make bench`).
+
+The versions of a case take turns, round after round, so that a slow moment of the machine meets all of them; a ratio is
+the median over rounds of the ratio within a round. Before anything is timed the outputs are compared. Two ceilings are
+measured first, copy bandwidth and the matrix product's rate; a case's floor is the larger of the times in which they
+allow its bytes and its operations.
+
+Writes `benchmarks/results/<machine>.json`; `python -m benchmarks.tables` puts the results into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.case import Case
+from benchmarks.cases import all_cases
+from bkdfast import __version__
+from bkdfast.ops._library import EXTENSION
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_SAMPLE = 0.01  # seconds that one sample of one version lasts at least
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="times every version gets its turn (default: %(default)s)")
+    parser.add_argument("--ops", nargs="*", help="only these files of benchmarks/cases")
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>.json)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if EXTENSION.reason is not None:
+        sys.exit(f"nothing compiled to measure: {EXTENSION.reason}")
+
+    facts = machine(device)
+    limits = ceilings(device)
+    print(f"{facts['name']}: copy {limits['copy_gb_s']:.0f} GB/s, matrix product {limits['gemm_gflop_s']:.0f} GFLOP/s")
+    rows = []
+    for case in tqdm(all_cases(device, set(options.ops) if options.ops else None), desc="cases", unit="case"):
+        case.check()
+        rows.append(measure(case, device, options.rounds, limits))
+        tqdm.write(summary(rows[-1]))
+    out = options.out or RESULTS / f"{slug(facts['name'])}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"machine": facts, "ceilings": limits, "rounds": options.rounds, "cases": rows}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {out}")
+
+
+def measure(case: Case, device: torch.device, rounds: int, limits: dict[str, float]) -> dict:
+    """Times of all versions of one case, and what they say."""
+    versions = case.versions
+    calls = {name: calls_for(version, device) for name, version in versions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in versions}
+    for _ in range(rounds):
+        for name, version in versions.items():
+            samples[name].append(seconds(version, calls[name], device))
+    floor = max(case.bytes / (limits["copy_gb_s"] * 1e9), case.flops / (limits["gemm_gflop_s"] * 1e9))
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    best = min(case.plain, key=median.__getitem__)
+    return {
+        "op": case.op,
+        "name": case.name,
+        "goal": case.goal,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "floor_us": floor * 1e6,
+        "best_plain": best,
+        "versions": {
+            name: {
+                "ours": name in case.ours,
+                "median_us": median[name] * 1e6,
+                "spread": spread(values),
+                "speedup": statistics.median(p / v for p, v in zip(samples[best], values, strict=True)),
+            }
+            for name, values in samples.items()
+        },
+    }
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles, in units of the median."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / (2 * middle)
+
+
+def seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Time of one call, over `calls` of them."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def calls_for(function: Callable[[], object], device: torch.device) -> int:
+    """How many calls make a sample long enough; warms up."""
+    for _ in range(3):
+        function()
+    return max(1, round(_SAMPLE / max(seconds(function, 3, device), 1e-7)))
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Copy bandwidth (reads and writes counted) and rate of a square float32 matrix product, on random data."""
+    size = (1 << 26) if device.type == "cpu" else (1 << 28)  # several times the last cache
+    source, target = torch.randn(size, device=device), torch.empty(size, device=device).fill_(1.0)
+    side = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    found = {}
+    for name, work, run in (
+        ("copy_gb_s", 2.0 * 4 * size, lambda: target.copy_(source)),
+        ("gemm_gflop_s", 2.0 * side**3, lambda: torch.mm(a, b)),
+    ):
+        run()
+        found[name] = work / statistics.median(seconds(run, 1, device) for _ in range(9)) / 1e9
+    if device.type == "cuda":
+        half, other = a.bfloat16(), b.bfloat16()
+        torch.mm(half, other)
+        took = statistics.median(seconds(lambda: torch.mm(half, other), 3, device) for _ in range(9))
+        found["bf16_gemm_gflop_s"] = 2.0 * side**3 / took / 1e9
+    return found
+
+
+def machine(device: torch.device) -> dict:
+    """What a figure depends on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "--", "*.py", "csrc"], cwd=ROOT, capture_output=True)
+    facts = {
+        "cpu": cpu_name(),
+        "isa": EXTENSION.cpu_isa(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bkdfast": __version__,
+        "commit": commit.stdout.strip() + ("+" if changed.stdout else ""),
+    }
+    if device.type == "cuda":
+        import triton
+
+        properties = torch.cuda.get_device_properties(device)
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        facts |= {"gpu": properties.name, "driver": driver.stdout.strip(), "cuda": torch.version.cuda}
+        facts |= {"triton": triton.__version__, "name": properties.name}
+    else:
+        facts["name"] = f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return facts
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found.group(1).strip() if found else platform.processor()
+
+
+def slug(name: str) -> str:
+    """A file name for a machine."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def summary(row: dict) -> str:
+    """One line for the terminal."""
+    ours = {name: v for name, v in row["versions"].items() if v["ours"]}
+    parts = [
+        f"{name} {v['median_us']:.1f} us, {v['speedup']:.2f}x, {row['floor_us'] / v['median_us']:.0%} of the floor"
+        for name, v in ours.items()
+    ]
+    best = row["versions"][row["best_plain"]]
+    return f"{row['op']} {row['name']}: " + "; ".join(parts) + f"; {row['best_plain']} {best['median_us']:.1f} us"
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
