@@ -1,0 +1,89 @@
+// One kernel source, compiled for AVX-512, AVX2 and portable C++; the machine that runs it chooses.
+//
+//   #include "../common/isa.h"                              // after every std and torch header the kernel needs
+//   #define BKDFAST_KERNEL "../cpu/my_op_kernel.h"          // path as seen from csrc/common
+//   #include "../common/for_each_isa.h"                     // my_op_kernel.h, once in each of avx512::, avx2::,
+//   scalar::
+//   ...
+//   const auto kernel = BKDFAST_CHOOSE(my_kernel);          // &avx512::my_kernel or ...; throws on a bad BKDFAST_CPU,
+//   torch::stable::parallel_for(..., [&] { kernel(...); }); // so choose before the threads
+//
+// my_op_kernel.h: no include guard, no #include, no std:: container, no lambda; functions and templates over Vec<float>
+// and Vec<double> (vec.h), types shared with the caller declared before for_each_isa.h. What std:: and c10:: inline
+// functions it calls is generic x86-64 code, inlined; nothing compiled for one level is visible to another (anonymous
+// namespace).
+
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define BKDFAST_X86 1
+#define BKDFAST_CHOOSE(kernel)                               \
+  (bkdfast::isa() == bkdfast::Isa::kAvx512 ? &avx512::kernel \
+   : bkdfast::isa() == bkdfast::Isa::kAvx2 ? &avx2::kernel   \
+                                           : &scalar::kernel)
+#else
+#define BKDFAST_CHOOSE(kernel) (bkdfast::isa(), &scalar::kernel)
+#endif
+
+#define BKDFAST_INLINE inline __attribute__((always_inline))
+
+namespace bkdfast {
+
+enum class Isa { kScalar, kAvx2, kAvx512 };
+
+struct IsaChoice {
+  Isa isa;
+  std::string error;  // empty, or what is wrong with BKDFAST_CPU
+};
+
+inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar"; }
+
+inline Isa best_isa() {
+#if defined(BKDFAST_X86)
+  // These ask the operating system too: a CPU whose kernel does not save the wide registers does not support them.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
+#else
+  return Isa::kScalar;
+#endif
+}
+
+inline IsaChoice choose_isa() {
+  const Isa best = best_isa();
+  const char* set = std::getenv("BKDFAST_CPU");
+  const std::string wanted = set ? set : "";
+  if (wanted.empty()) return {best, ""};
+  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (wanted != isa_name(isa)) continue;
+    if (isa <= best) return {isa, ""};
+    return {best, "BKDFAST_CPU=" + wanted + ", but the best this CPU has is " + isa_name(best) + "; unset it"};
+  }
+  return {best, "BKDFAST_CPU='" + wanted + "' is not one of avx512, avx2, scalar; unset it or fix it"};
+}
+
+// The environment is read once, at the first op.
+inline const IsaChoice& isa_choice() {
+  static const IsaChoice choice = choose_isa();
+  return choice;
+}
+
+inline Isa isa() {
+  const IsaChoice& choice = isa_choice();
+  STD_TORCH_CHECK(choice.error.empty(), choice.error);
+  return choice.isa;
+}
+
+}  // namespace bkdfast

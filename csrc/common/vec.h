@@ -1,0 +1,149 @@
+// Vec<float> and Vec<double> of BKDFAST_VECTOR_BYTES; included by for_each_isa.h inside avx512::, avx2:: and scalar::.
+//
+// GCC/clang vector extensions, with intrinsics where those do not reach: fma, fp16, horizontal sums. "scalar" has
+// 16 bytes, which every x86-64 and ARM has, and no fma instruction: fma(a, b, c) rounds twice there.
+
+// The bits of as many 16- and 32-bit numbers as Vec<float> has elements.
+typedef uint16_t Bits16 __attribute__((vector_size(BKDFAST_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(BKDFAST_VECTOR_BYTES)));
+
+template <typename T>
+struct Vec {
+  typedef T Native __attribute__((vector_size(BKDFAST_VECTOR_BYTES)));
+  static constexpr int64_t kWidth = BKDFAST_VECTOR_BYTES / sizeof(T);
+  Native v;
+
+  BKDFAST_INLINE Vec() = default;
+  BKDFAST_INLINE Vec(Native native) : v(native) {}
+  static BKDFAST_INLINE Vec zero() { return Native{}; }
+  static BKDFAST_INLINE Vec broadcast(T value) { return Native{} + value; }
+
+  static BKDFAST_INLINE Vec load(const T* from) {
+    Vec r;
+    __builtin_memcpy(&r.v, from, sizeof(Native));
+    return r;
+  }
+  static BKDFAST_INLINE Vec load(const c10::BFloat16* from) {
+    static_assert(sizeof(T) == 4, "16-bit types widen to float");
+    Bits16 bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return reinterpret_cast<Native>(__builtin_convertvector(bits, Bits32) << 16);
+  }
+  static BKDFAST_INLINE Vec load(const c10::Half* from) {
+    static_assert(sizeof(T) == 4, "16-bit types widen to float");
+#if BKDFAST_VECTOR_BYTES == 64
+    return static_cast<Native>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif BKDFAST_VECTOR_BYTES == 32
+    return static_cast<Native>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    return Native{from[0], from[1], from[2], from[3]};
+#endif
+  }
+  // The first `count` < kWidth elements, zeros behind them; nothing past them is read.
+  template <typename From>
+  static BKDFAST_INLINE Vec load_partial(const From* from, int64_t count) {
+    alignas(BKDFAST_VECTOR_BYTES) From buffer[kWidth];
+    __builtin_memset(static_cast<void*>(buffer), 0, sizeof buffer);
+    __builtin_memcpy(static_cast<void*>(buffer), from, count * sizeof(From));
+    return load(buffer);
+  }
+
+  BKDFAST_INLINE void store(T* to) const { __builtin_memcpy(to, &v, sizeof(Native)); }
+  BKDFAST_INLINE void store(c10::BFloat16* to) const {  // to nearest, ties to even
+    static_assert(sizeof(T) == 4, "16-bit types are rounded from float");
+    const Bits32 bits = reinterpret_cast<Bits32>(v);
+    const Bits32 nan = reinterpret_cast<Bits32>(v != v);
+    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits16 out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Bits16);
+    __builtin_memcpy(static_cast<void*>(to), &out, sizeof out);
+  }
+  BKDFAST_INLINE void store(c10::Half* to) const {
+    static_assert(sizeof(T) == 4, "16-bit types are rounded from float");
+#if BKDFAST_VECTOR_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif BKDFAST_VECTOR_BYTES == 32
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int64_t i = 0; i < kWidth; ++i) to[i] = static_cast<c10::Half>(v[i]);
+#endif
+  }
+  template <typename To>
+  BKDFAST_INLINE void store_partial(To* to, int64_t count) const {
+    alignas(BKDFAST_VECTOR_BYTES) To buffer[kWidth];
+    store(buffer);
+    __builtin_memcpy(static_cast<void*>(to), buffer, count * sizeof(To));
+  }
+
+  friend BKDFAST_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend BKDFAST_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend BKDFAST_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  // Of two values one of which is NaN: the second operand, as the x86 instructions do.
+  friend BKDFAST_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+  friend BKDFAST_INLINE Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
+};
+
+BKDFAST_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if BKDFAST_VECTOR_BYTES == 64
+  return static_cast<Vec<float>::Native>(_mm512_fmadd_ps(a.v, b.v, c.v));
+#elif BKDFAST_VECTOR_BYTES == 32
+  return static_cast<Vec<float>::Native>(_mm256_fmadd_ps(a.v, b.v, c.v));
+#else
+  return a * b + c;
+#endif
+}
+
+BKDFAST_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if BKDFAST_VECTOR_BYTES == 64
+  return static_cast<Vec<double>::Native>(_mm512_fmadd_pd(a.v, b.v, c.v));
+#elif BKDFAST_VECTOR_BYTES == 32
+  return static_cast<Vec<double>::Native>(_mm256_fmadd_pd(a.v, b.v, c.v));
+#else
+  return a * b + c;
+#endif
+}
+
+// The two halves of a float vector in double.
+BKDFAST_INLINE Vec<double> lower(Vec<float> a) {
+#if BKDFAST_VECTOR_BYTES == 64
+  return static_cast<Vec<double>::Native>(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+#elif BKDFAST_VECTOR_BYTES == 32
+  return static_cast<Vec<double>::Native>(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+#else
+  return Vec<double>::Native{a.v[0], a.v[1]};
+#endif
+}
+
+BKDFAST_INLINE Vec<double> upper(Vec<float> a) {
+#if BKDFAST_VECTOR_BYTES == 64
+  return static_cast<Vec<double>::Native>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+#elif BKDFAST_VECTOR_BYTES == 32
+  return static_cast<Vec<double>::Native>(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+#else
+  return Vec<double>::Native{a.v[2], a.v[3]};
+#endif
+}
+
+// Sum of the elements, in a fixed tree.
+BKDFAST_INLINE float sum(Vec<float> a) {
+#if BKDFAST_VECTOR_BYTES == 64
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+#elif BKDFAST_VECTOR_BYTES == 32
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+#else
+  const Vec<float>::Native c = a.v;
+#endif
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+BKDFAST_INLINE double sum(Vec<double> a) {
+#if BKDFAST_VECTOR_BYTES == 64
+  const __m256d b = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
+  const __m128d c = _mm_add_pd(_mm256_castpd256_pd128(b), _mm256_extractf128_pd(b, 1));
+#elif BKDFAST_VECTOR_BYTES == 32
+  const __m128d c = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+#else
+  const Vec<double>::Native c = a.v;
+#endif
+  return c[0] + c[1];
+}

@@ -1,0 +1,203 @@
+// delta_sketch on the CPU: Y = D X, Z = D^T Y, |D|_F^2 and the changed entries of D = W1 - W0
+// (bkdfast/ops/delta_sketch.py).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "../common/isa.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kPad = 16;      // columns are padded with zeros to the widest vector
+constexpr int64_t kBlock = 1024;  // columns of a block
+constexpr int64_t kPanel = 24;    // rows of a panel
+constexpr int64_t kGroups = 16;   // partial sums of Z, whatever the number of threads
+
+enum class Type { kBFloat16, kHalf, kFloat, kDouble };
+
+struct Weight {
+  const char* data;
+  int64_t row_stride, column_stride;  // elements
+  int64_t item;                       // bytes of one
+  Type type;
+};
+
+template <typename Acc>
+struct Job {
+  Weight base, tuned;
+  int64_t m, n, k;
+  const Acc* x;  // block after block, each [k, kBlock]
+  Acc* y;        // [m, k]
+  int64_t delta_stride, z_stride;
+};
+
+template <typename Acc>
+struct Scratch {
+  Acc* delta;         // [kPanel, delta_stride]
+  void* gathered[2];  // [kPanel, kBlock] of each weight, when its columns are apart
+};
+
+struct Totals {
+  double frobenius_sq = 0;
+  int64_t changed = 0;
+};
+
+}  // namespace
+
+#define BKDFAST_KERNEL "../cpu/delta_sketch_kernel.h"
+#include "../common/for_each_isa.h"
+
+namespace {
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// Rows an even number of cache lines apart fall into the same few sets of the cache.
+template <typename Acc>
+int64_t odd_lines(int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(Acc);
+  return (round_up(columns, kPad) / line | 1) * line;
+}
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+template <typename T>
+std::unique_ptr<T[], Free> allocate(int64_t count) {
+  return std::unique_ptr<T[], Free>(static_cast<T*>(::operator new(count * sizeof(T) + 64, std::align_val_t{64})));
+}
+
+// X [n, k] of any strides as blocks of kBlock rows, each transposed to [k, kBlock], zeros behind the last row.
+template <typename Acc>
+std::unique_ptr<Acc[], Free> pack_x(const Tensor& x) {
+  const int64_t n = x.size(0), k = x.size(1), row = x.stride(0), column = x.stride(1);
+  const int64_t padded = round_up(n, kBlock);
+  auto packed = allocate<Acc>(padded * k);
+  const Acc* from = static_cast<const Acc*>(x.const_data_ptr());
+  for (int64_t block = 0; block < padded; block += kBlock)
+    for (int64_t c = 0; c < k; ++c) {
+      Acc* to = packed.get() + block * k + c * kBlock;
+      const int64_t count = std::min(kBlock, n - block);
+      for (int64_t j = 0; j < count; ++j) to[j] = from[(block + j) * row + c * column];
+      std::fill(to + count, to + kBlock, Acc(0));
+    }
+  return packed;
+}
+
+// out[j, c] = sum of the groups' z[c, j], in their order.
+template <typename Acc>
+void reduce_z(const Acc* z, int64_t groups, int64_t stride, int64_t k, int64_t begin, int64_t end, Acc* out) {
+  constexpr int64_t kStep = 64;
+  for (int64_t j = begin; j < end; j += kStep)
+    for (int64_t c = 0; c < k; ++c) {
+      const int64_t count = std::min(kStep, end - j);
+      Acc total[kStep];
+      std::copy_n(z + c * stride + j, count, total);
+      for (int64_t g = 1; g < groups; ++g)
+        for (int64_t i = 0; i < count; ++i) total[i] += z[(g * k + c) * stride + j + i];
+      for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = total[i];
+    }
+}
+
+template <typename Acc, typename Kernel>
+Totals run(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, Tensor& z, Kernel kernel) {
+  const int64_t m = y.size(0), n = x.size(0), k = x.size(1);
+  Acc* z_out = static_cast<Acc*>(z.mutable_data_ptr());
+  if (m == 0 || n == 0) {
+    std::fill_n(static_cast<Acc*>(y.mutable_data_ptr()), m * k, Acc(0));
+    std::fill_n(z_out, n * k, Acc(0));
+    return {};
+  }
+  const auto packed = pack_x<Acc>(x);
+  const int64_t stride = odd_lines<Acc>(n);
+  const Job<Acc> job{base,
+                     tuned,
+                     m,
+                     n,
+                     k,
+                     packed.get(),
+                     static_cast<Acc*>(y.mutable_data_ptr()),
+                     k ? stride : kBlock,
+                     round_up(n, kPad)};
+  // Rows to groups, whole panels each: depends on m alone, and so do the sums.
+  const int64_t panels = (m + kPanel - 1) / kPanel;
+  const int64_t groups = std::min(kGroups, panels);
+  const auto z_parts = allocate<Acc>(groups * k * stride);
+  const bool gather = base.column_stride != 1 || tuned.column_stride != 1;
+  const int64_t delta_size = round_up(kPanel * job.delta_stride * sizeof(Acc), 64);
+  const int64_t gathered_size = gather ? kPanel * kBlock * 8 : 0;
+  // Memory for each group, of which a thread touches the share of the first group it serves.
+  const auto scratch_memory = allocate<char>(groups * (delta_size + 2 * gathered_size));
+  std::vector<Totals> totals(groups);
+  Job<Acc> shared = job;
+  shared.z_stride = stride;
+  const bool small = m * n * (k + 8) < (int64_t{1} << 20);
+  torch::stable::parallel_for(0, groups, small ? groups : 1, [&](int64_t from, int64_t to) {
+    char* memory = scratch_memory.get() + from * (delta_size + 2 * gathered_size);
+    const Scratch<Acc> scratch{reinterpret_cast<Acc*>(memory),
+                               {memory + delta_size, memory + delta_size + gathered_size}};
+    for (int64_t g = from; g < to; ++g)
+      kernel(shared, g * panels / groups * kPanel, std::min(m, (g + 1) * panels / groups * kPanel), scratch,
+             z_parts.get() + g * k * stride, totals[g]);
+  });
+  torch::stable::parallel_for(0, n, small ? n : 1024, [&](int64_t from, int64_t to) {
+    reduce_z(z_parts.get(), groups, stride, k, from, to, z_out);
+  });
+  Totals sum;
+  for (const Totals& part : totals) {
+    sum.frobenius_sq += part.frobenius_sq;
+    sum.changed += part.changed;
+  }
+  return sum;
+}
+
+Weight weight_of(const Tensor& w, const char* name) {
+  Weight weight{static_cast<const char*>(w.const_data_ptr()), w.stride(0), w.stride(1), 0, Type::kFloat};
+  switch (w.scalar_type()) {
+    case ScalarType::BFloat16:
+      return weight.item = 2, weight.type = Type::kBFloat16, weight;
+    case ScalarType::Half:
+      return weight.item = 2, weight.type = Type::kHalf, weight;
+    case ScalarType::Float:
+      return weight.item = 4, weight.type = Type::kFloat, weight;
+    case ScalarType::Double:
+      return weight.item = 8, weight.type = Type::kDouble, weight;
+    default:
+      STD_TORCH_CHECK(false, "delta_sketch: ", name, " must be bfloat16, float16, float32 or float64");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_sketch(Tensor w0, Tensor w1, Tensor x) {
+  STD_TORCH_CHECK(w0.dim() == 2 && w1.dim() == 2 && x.dim() == 2 && w0.size(0) == w1.size(0) &&
+                      w0.size(1) == w1.size(1) && x.size(0) == w0.size(1),
+                  "delta_sketch: w0 and w1 must be [m, n] and x [n, k]");
+  const Weight base = weight_of(w0, "w0"), tuned = weight_of(w1, "w1");
+  const bool both_double = base.type == Type::kDouble && tuned.type == Type::kDouble;
+  STD_TORCH_CHECK(x.scalar_type() == (both_double ? ScalarType::Double : ScalarType::Float),
+                  "delta_sketch: x must be float32 (float64 when both weights are)");
+  Tensor y = torch::stable::new_empty(x, {w0.size(0), x.size(1)});
+  Tensor z = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor frobenius_sq = torch::stable::new_empty(x, {}, ScalarType::Double);
+  Tensor changed = torch::stable::new_empty(x, {}, ScalarType::Long);
+  const Totals totals = both_double ? run<double>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_double))
+                                    : run<float>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_float));
+  *static_cast<double*>(frobenius_sq.mutable_data_ptr()) = totals.frobenius_sq;
+  *static_cast<int64_t*>(changed.mutable_data_ptr()) = totals.changed;
+  return {y, z, frobenius_sq, changed};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bkdfast, CPU, m) { m.impl("delta_sketch", TORCH_BOX(&delta_sketch)); }
