@@ -2,32 +2,38 @@
 # make test    set up, then the tests (under 12 minutes on 2 cores)
 # make check   linters and types
 # make slow    the slower test lanes: training a pair from scratch, wheels in fresh environments
+# make bench   time every op next to plain PyTorch (about 5 minutes) and write the table into README.md
 # make readme  measure the demo and write its figures and picture into README.md
 #
 # VENV=DIR     use (or make) the virtual environment DIR instead of .venv; a torch that is already there is kept
 # PYTHON=...   the interpreter that makes the environment
-# TORCH=...    what to install when there is no torch yet
+# TORCH=...    what to install when there is no torch yet; TRITON=... likewise
 
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.bkdfast-ready
 # One thread a process: the models of the tests are tiny, and two processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test slow check readme setup clean help
+# The files that run the C++ kernels, again for each instruction set that the CPU can be told to do without.
+KERNELS := tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py
+
+.PHONY: demo test slow check bench readme setup clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^One thread/d'
+	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h)
+$(READY): setup.py pyproject.toml $(wildcard csrc/*/*)
 	@test -x $(BIN)/python || { echo "making the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q "$(TRITON)" || echo "going on without Triton"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	@touch $(READY)
 
@@ -36,6 +42,9 @@ demo: setup
 
 test: setup
 	$(PYTEST) -q -n 2 -m "not slow"
+	BKDFAST_CPU=avx2 $(PYTEST) -q -n 2 $(KERNELS)
+	BKDFAST_CPU=scalar $(PYTEST) -q -n 2 $(KERNELS)
+	TRITON_INTERPRET=1 $(PYTEST) -q -n 2 tests/kernels/test_triton_interpreter.py
 
 slow: setup
 	$(PYTEST) -q -m slow
@@ -44,7 +53,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*/*.cpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*/*
+
+bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.tables
 
 readme: setup
 	$(BIN)/python -m benchmarks.demo

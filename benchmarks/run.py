@@ -38,9 +38,13 @@ _SAMPLE = 0.01  # seconds that one sample of one version lasts at least
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="times every version gets its turn (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="times every version gets its turn (default: %(default)s)"
+    )
     parser.add_argument("--ops", nargs="*", help="only these files of benchmarks/cases")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/<machine>.json)")
     options = parser.parse_args(argv)

@@ -5,7 +5,6 @@ For a look at single ops; the ratios that documents quote come from `python -m b
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks.cases import all_cases

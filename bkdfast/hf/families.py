@@ -29,6 +29,8 @@ class Family:
     final_norm: str | None
     transposed: bool = False
     causal: bool = True
+    pre_norm: bool = True
+    """The first of the norms reads the block's input."""
     entry: str = ""
     """The module, from the base model, that every call goes through; OPT's head calls its decoder directly."""
 
@@ -49,7 +51,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gemma3": _GEMMA_VISION,
-    "olmo2": Family("layers", "self_attn.o_proj", "mlp.down_proj", _POST, "norm"),
+    "olmo2": Family("layers", "self_attn.o_proj", "mlp.down_proj", _POST, "norm", pre_norm=False),
     # Mixture of experts: there is no single down projection.
     "mixtral": Family("layers", "self_attn.o_proj", None, _PRE, "norm"),
     "gpt2": Family("h", "attn.c_proj", "mlp.c_proj", ("ln_1", "ln_2"), "ln_f", transposed=True),
@@ -71,6 +73,7 @@ FAMILIES: dict[str, Family] = {
         ("attention.output.LayerNorm", "output.LayerNorm"),
         None,
         causal=False,
+        pre_norm=False,
     ),
     "distilbert": Family(
         "transformer.layer",
@@ -79,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         ("sa_layer_norm", "output_layer_norm"),
         None,
         causal=False,
+        pre_norm=False,
     ),
 }
 
@@ -220,14 +224,18 @@ def block_spec(block: torch.nn.Module, path: str, line: Family, heads: int) -> B
         )
     # A dense layer of an otherwise sparse model has its own down projection, and the other way round.
     down = line.down_proj if line.down_proj in names else None
+    norms = tuple(_join(path, norm) for norm in line.norms if norm in names)
+    # OPT says of each block whether its norms come first.
+    first = line.pre_norm and getattr(block, "do_layer_norm_before", True)
     return BlockSpec(
         block=path,
         out_proj=_join(path, line.out_proj),
         down_proj=_join(path, down) if down else None,
-        norms=tuple(_join(path, norm) for norm in line.norms if norm in names),
+        norms=norms,
         heads=heads,
         head_dim=width // heads,
         neurons=in_features(names[down]) if down else None,
+        input_norm=norms[0] if norms and first else None,
     )
 
 

@@ -26,6 +26,7 @@ class BlockSpec:
         heads: number of query heads H.
         head_dim: size Dh of one head's slice of z.
         neurons: size M of the MLP's hidden layer, None where `down_proj` is None.
+        input_norm: the norm that reads the block's input before anything else does, None where there is none.
     """
 
     block: str
@@ -35,6 +36,7 @@ class BlockSpec:
     heads: int
     head_dim: int
     neurons: int | None
+    input_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ModelSpec:
             raise InvalidArgumentError(f"the spec of family {self.family!r} has no blocks; give at least one BlockSpec")
         submodule(model, self.entry)
         for layer, block in enumerate(self.blocks):
-            for path in (block.block, block.out_proj, block.down_proj, *block.norms):
+            for path in (block.block, block.out_proj, block.down_proj, block.input_norm, *block.norms):
                 if path is not None:
                     submodule(model, path)
             _check_width(submodule(model, block.out_proj), block.heads * block.head_dim, layer, block)

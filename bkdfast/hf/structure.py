@@ -70,7 +70,7 @@ def _family(block: torch.nn.Module, width: int, kind: str) -> Family:
     if not inside:
         raise UnsupportedModelError(f"{kind}: no attention output projection found in {list(linear)}; {HOW_TO_ADD}")
     norms = tuple(name for name, module in block.named_modules() if "norm" in type(module).__name__.lower())
-    return Family("", inside[-1], outside[-1] if outside else None, norms, None)
+    return Family("", inside[-1], outside[-1] if outside else None, norms, None, pre_norm=False)
 
 
 def _out_features(module: torch.nn.Module) -> int | None:

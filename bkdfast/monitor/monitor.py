@@ -120,7 +120,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def attach(
-        self, model: torch.nn.Module, *, spec: ModelSpec | None = None, check_weights: bool = True
+        self, model: torch.nn.Module, *, spec: ModelSpec | None = None, check_weights: bool = True, fuse: bool = True
     ) -> Iterator[Monitor]:
         """Observe every forward of `model` inside this context, plain calls and `generate` alike.
 
@@ -130,6 +130,8 @@ class Monitor:
             model: the tuned model that the directions were made for.
             spec: where the blocks are, when the family is not known.
             check_weights: compare a hash of the projections' weights with the one in the directions (reads them once).
+            fuse: observe inside the norms that read the blocks' outputs, which costs least. They round as the model's
+                own norms do but sum in another order, so logits can differ in the last digit; False: they do not.
 
         Raises:
             ModelStateError: the model is compiled already, in train mode with dropout, or this monitor is attached.
@@ -147,7 +149,7 @@ class Monitor:
         try:
             state.follow_model()
             self._check_fit(model, state.spec, check_weights)
-            self._tap = Tap(state, self.directions.vectors, slots=self.slots)
+            self._tap = Tap(state, self.directions.vectors, slots=self.slots, fuse=fuse)
             if self.ranges is not None:
                 self._tap.judge_with(self.ranges, self.eps)
             calls = int(state.calls)

@@ -8,15 +8,22 @@ depends on Python once the model is compiled or captured.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.positions import Call, real_tokens
 from bkdfast.hf.prepare import Hook, Prepared
 from bkdfast.hf.spec import submodule
+from bkdfast.monitor.fuse import Norm, Replacement, successors
 from bkdfast.monitor.ranges import Observations, Ranges
 from bkdfast.ops.cosine_monitor import cosine_monitor
 from bkdfast.ops.monitor_state import NONE, POSITION, RANGE, SEGMENT, MonitorState
+from bkdfast.ops.norm_tap import norm_monitor, norm_tap
+
+_STEP = 64
+"""Calls of at most this many tokens are decode steps: one `cosine_monitor` over a buffer serves all blocks."""
 
 
 class Tap:
@@ -28,10 +35,18 @@ class Tap:
         slots: requests that can be open or uncollected at a time; older ones are overwritten.
         rows: largest batch.
         tokens: most tokens in one call; eager calls beyond it make room, a compiled model is traced again.
+        fuse: let the norm that reads a block's output observe it, where its formula is known.
     """
 
     def __init__(
-        self, state: Prepared, directions: torch.Tensor, *, slots: int = 1024, rows: int = 1024, tokens: int = 1 << 18
+        self,
+        state: Prepared,
+        directions: torch.Tensor,
+        *,
+        slots: int = 1024,
+        rows: int = 1024,
+        tokens: int = 1 << 18,
+        fuse: bool = True,
     ) -> None:
         model = state.model()
         assert model is not None
@@ -49,12 +64,21 @@ class Tap:
         self.request = torch.full((rows,), -1, dtype=torch.int64, device=device)  # running number of each row's
         self.tokens = torch.full((3, tokens), -1, dtype=torch.int32, device=device)  # as `pack_tokens` makes them
         state.observers.append(self._begin)
-        self._handles = [
-            submodule(model, block.block).register_forward_hook(Hook(self._observe(layer)))
-            for layer, block in enumerate(state.spec.blocks)
-        ]
+        self._handles: list[Any] = []
+        norms = successors(model, state.spec) if fuse else [None] * layers
+        self.step: torch.Tensor | None = None
+        self.written = 0  # blocks of this call that are in the step buffer
+        if all(norms) and len({(norm.weight.dtype, norm.weight.device) for norm in norms if norm}) == 1:
+            self.step = norms[0].weight.new_zeros(layers, _STEP, directions.shape[2])  # type: ignore[union-attr]
+        for layer, (norm, block) in enumerate(zip(norms, state.spec.blocks, strict=True)):
+            if norm is None:
+                module = submodule(model, block.block)
+                self._handles.append(module.register_forward_hook(Hook(self._hook(layer))))
+            else:
+                self._handles.append(Replacement(norm, self._serve(layer, norm), self._observe(layer)))
 
     def _begin(self, call: Call) -> None:
+        self.written = 0
         rows, width = call.tokens.shape[:2]
         if rows > self.slots:
             raise InvalidArgumentError(
@@ -106,12 +130,42 @@ class Tap:
         return torch.ones(rows, width, dtype=torch.bool, device=call.tokens.device)
 
     def _observe(self, layer: int):
-        def hook(module: torch.nn.Module, args: tuple, output) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
-            x = stream.reshape(-1, stream.shape[-1])
+        def observe(x: torch.Tensor) -> None:  # [N, D]
+            self._flush(len(x))
             cosine_monitor(x, self.cosines, self.tokens[:, : x.shape[0]], layer=layer)
 
+        return observe
+
+    def _hook(self, layer: int):
+        observe = self._observe(layer)
+
+        def hook(module: torch.nn.Module, args: tuple, output) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            observe(stream.reshape(-1, stream.shape[-1]))
+
         return hook
+
+    def _serve(self, layer: int, norm: Norm):
+        def serve(x: torch.Tensor) -> torch.Tensor:  # [N, D]
+            weight, bias, eps, kind = norm.weight, norm.bias, norm.eps, norm.kind
+            # A decode step that came through every block so far goes on in the buffer.
+            if self.step is not None and len(x) <= _STEP and self.written == layer:
+                y = norm_tap(x, weight, bias, eps=eps, kind=kind, step=self.step, layer=layer)
+                self.written += 1
+                if self.written == len(self.step):
+                    self._flush(len(x))
+                return y
+            self._flush(len(x))
+            tokens = self.tokens[:, : len(x)]
+            return norm_monitor(x, weight, bias, self.cosines, tokens, eps=eps, kind=kind, layer=layer)
+
+        return serve
+
+    def _flush(self, count: int) -> None:
+        """Observe what is in the step buffer."""
+        if self.step is not None and self.written:
+            cosine_monitor(self.step[: self.written, :count], self.cosines, self.tokens[:, :count])
+            self.written = 0
 
     @torch.inference_mode(False)
     def _reserve(self, rows: int, tokens: int) -> None:

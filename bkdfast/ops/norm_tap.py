@@ -34,7 +34,7 @@ from bkdfast.ops import cosine_monitor as _cosine
 from bkdfast.ops._library import Op
 from bkdfast.ops.monitor_state import MonitorState
 
-RMS, RMS_WIDE, RMS_ONE, LAYER = range(4)
+KINDS = RMS, RMS_WIDE, RMS_ONE, LAYER = range(4)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,7 +43,7 @@ def _check_norm(x, weight, bias, eps, kind) -> None:
         raise InvalidArgumentError(
             f"x must be [N, D] and weight [D], got {tuple(x.shape)} and {tuple(weight.shape)}; flatten x first"
         )
-    if kind not in (RMS, RMS_WIDE, RMS_ONE, LAYER):
+    if kind not in KINDS:
         raise InvalidArgumentError(f"kind {kind} is not RMS (0), RMS_WIDE (1), RMS_ONE (2) or LAYER (3)")
     if bias is not None and (kind != LAYER or bias.shape != weight.shape):
         raise InvalidArgumentError(
