@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.case import Case
 from benchmarks.cases import all_cases
+from benchmarks.overhead import overheads
 from bkdfast import __version__
 from bkdfast.ops._library import EXTENSION
 
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     facts = machine(device)
     limits = ceilings(device)
     print(f"{facts['name']}: copy {limits['copy_gb_s']:.0f} GB/s, matrix product {limits['gemm_gflop_s']:.0f} GFLOP/s")
+    overhead = overheads(device)
+    print("call overhead: " + ", ".join(f"{op} {took:.1f} us" for op, took in overhead.items()))
     rows = []
     for case in tqdm(all_cases(device, set(options.ops) if options.ops else None), desc="cases", unit="case"):
         case.check()
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         tqdm.write(summary(rows[-1]))
     out = options.out or RESULTS / f"{slug(facts['name'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": facts, "ceilings": limits, "rounds": options.rounds, "cases": rows}
+    result = {"machine": facts, "ceilings": limits, "rounds": options.rounds, "overhead_us": overhead, "cases": rows}
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {out}")
 

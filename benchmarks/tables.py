@@ -1,4 +1,4 @@
-"""Put the op figures into README.md: `python -m benchmarks.tables`. Reads every `benchmarks/results/*.json` of a machine."""
+"""Put the op figures into README.md: `python -m benchmarks.tables`, from `benchmarks/results/*.json`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def table(result: dict) -> str:
         f"{facts['name']}, {units}torch {facts['torch']}; medians of {result['rounds']} interleaved rounds. Floor: the "
         f"larger of bytes over the measured copy bandwidth ({limits['copy_gb_s']:.0f} GB/s) and operations over the "
         f"measured float32 matrix product ({limits['gemm_gflop_s']:.0f} GFLOP/s). Over 100% where the data stay in "
-        "a cache, or where our kernel computes faster than that matrix product does.",
+        "a cache, or where our kernel computes faster than that matrix product does. A call on a tiny tensor, through "
+        "the public Python function: "
+        + ", ".join(f"`{op}` {took:.1f} us" for op, took in result["overhead_us"].items())
+        + ".",
     ]
     return "\n".join(lines)
 
