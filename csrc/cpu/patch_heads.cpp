@@ -1,7 +1,8 @@
 // patch_heads on the CPU: in-place edits of [B, T, S*W] activations by an edit table (bkdfast/ops/patch_heads.py).
 //
-// Floor: the edited cells, read and written once. Threads split the batch rows; within a row edits apply in table
-// order, so the result does not depend on the number of threads even where edits meet.
+// Floor: the edited cells, read and written once; 32 edits of one token cost little more than the call. Threads split
+// the batch rows; within a row edits apply in table order, so the result does not depend on the number of threads even
+// where edits meet.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +14,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+
+#include "../common/isa.h"
 
 namespace {
 
@@ -32,7 +36,10 @@ struct Edits {
   int64_t width;
 };
 
-template <typename T, typename Acc>
+template <typename T>
+using AccOf = std::conditional_t<sizeof(T) == 8, double, float>;
+
+template <typename T>
 struct Activations {
   T* data;
   int64_t rows, tokens, slices;
@@ -54,32 +61,12 @@ inline int64_t entry_of(const int32_t* edit, const Span& span, int64_t token) {
   return edit[kSource] + edit[kStride] * (token + span.first - edit[kStart]);
 }
 
-template <typename T, typename Acc>
-inline void edit_token(T* cell, int64_t stride, const Acc* from, int64_t width, Acc a, Acc b) {
-  if (a == 0) {  // z is not read: NaN there does not survive a zero ablation
-    for (int64_t i = 0; i < width; ++i) cell[i * stride] = static_cast<T>(b == 0 ? Acc(0) : b * from[i]);
-  } else if (b == 0) {
-    for (int64_t i = 0; i < width; ++i) cell[i * stride] = static_cast<T>(a * static_cast<Acc>(cell[i * stride]));
-  } else {
-    for (int64_t i = 0; i < width; ++i)
-      cell[i * stride] = static_cast<T>(a * static_cast<Acc>(cell[i * stride]) + b * from[i]);
-  }
-}
+}  // namespace
 
-template <typename T, typename Acc>
-void edit_row(const Activations<T, Acc>& z, const Edits& edits, const Acc* coefficients, const Acc* source,
-              int64_t row) {
-  for (int64_t e = 0; e < edits.count; ++e) {
-    const int32_t* edit = edits.table + e * kColumns;
-    if (edit[kStart] >= edit[kStop] || (edit[kRow] >= 0 && edit[kRow] != row)) continue;
-    const Span span = span_of(edits, edit, row, z.tokens);
-    const Acc a = coefficients[2 * e], b = coefficients[2 * e + 1];
-    T* slice = z.data + row * z.stride_row + edit[kSlice] * edits.width * z.stride_cell;
-    for (int64_t t = span.begin; t < span.end; ++t)
-      edit_token<T, Acc>(slice + t * z.stride_token, z.stride_cell, source + entry_of(edit, span, t) * edits.width,
-                         edits.width, a, b);
-  }
-}
+#define BKDFAST_KERNEL "../cpu/patch_heads_kernel.h"
+#include "../common/for_each_isa.h"
+
+namespace {
 
 // Before the first write and outside the threads: an exception inside parallel_for loses its message.
 void check_sources(const Edits& edits, int64_t e, int64_t rows, int64_t tokens) {
@@ -94,15 +81,17 @@ void check_sources(const Edits& edits, int64_t e, int64_t rows, int64_t tokens) 
   }
 }
 
-template <typename T, typename Acc>
+template <typename T>
 void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor& source) {
-  const Activations<T, Acc> view{static_cast<T*>(z.mutable_data_ptr()),
-                                 z.size(0),
-                                 z.size(1),
-                                 z.size(2) / edits.width,
-                                 z.stride(0),
-                                 z.stride(1),
-                                 z.stride(2)};
+  using Acc = AccOf<T>;
+  const auto edit_one_row = BKDFAST_CHOOSE(edit_row<T>);
+  const Activations<T> view{static_cast<T*>(z.mutable_data_ptr()),
+                            z.size(0),
+                            z.size(1),
+                            z.size(2) / edits.width,
+                            z.stride(0),
+                            z.stride(1),
+                            z.stride(2)};
   const Acc* ab = static_cast<const Acc*>(coefficients.const_data_ptr());
   int64_t cells = 0;
   for (int64_t e = 0; e < edits.count; ++e) {
@@ -121,7 +110,7 @@ void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor
   // Waking a second thread costs more than editing some tens of thousands of cells.
   const int64_t grain = cells > (1 << 16) ? 1 : view.rows;
   torch::stable::parallel_for(0, view.rows, std::max<int64_t>(grain, 1), [&](int64_t from_row, int64_t to_row) {
-    for (int64_t row = from_row; row < to_row; ++row) edit_row<T, Acc>(view, edits, ab, from, row);
+    for (int64_t row = from_row; row < to_row; ++row) edit_one_row(view, edits, ab, from, row);
   });
 }
 
@@ -152,13 +141,13 @@ void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Ten
                     source.size(1)};
   switch (z.scalar_type()) {
     case ScalarType::Float:
-      return run<float, float>(z, edits, coefficients, source);
+      return run<float>(z, edits, coefficients, source);
     case ScalarType::Double:
-      return run<double, double>(z, edits, coefficients, source);
+      return run<double>(z, edits, coefficients, source);
     case ScalarType::BFloat16:
-      return run<c10::BFloat16, float>(z, edits, coefficients, source);
+      return run<c10::BFloat16>(z, edits, coefficients, source);
     case ScalarType::Half:
-      return run<c10::Half, float>(z, edits, coefficients, source);
+      return run<c10::Half>(z, edits, coefficients, source);
     default:
       STD_TORCH_CHECK(false, "patch_heads: z must be float16, bfloat16, float32 or float64");
   }
