@@ -63,4 +63,4 @@ readme: setup
 	$(BIN)/python -m benchmarks.demo
 
 clean:
-	rm -rf build dist *.egg-info bkdfast/_C*.so bkdfast/_build.json $(READY)
+	rm -rf build dist *.egg-info bkdfast/_C*.so bkdfast/_native*.so bkdfast/_build.json $(READY)

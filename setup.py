@@ -9,9 +9,13 @@ The extension is optional. It is left out, and a pure Python install made that s
 The CUDA kernels join the same library where `nvcc` is found, with any torch: nothing of CUDA is linked but the static
 runtime. `BKDFAST_NO_CUDA=1` leaves them out; `TORCH_CUDA_ARCH_LIST` chooses the GPUs.
 
+The host-side module `bkdfast._native` (pybind11) is built apart from the kernels: it needs no torch, so an isolated
+build has it, and neither of the two is lost when the other fails.
+
 What happened is written to `bkdfast/_build.json`, which `bkdfast doctor` reads.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -21,7 +25,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # The lowest torch whose stable ABI the library needs: one build serves 2.10 and later.
@@ -41,6 +46,10 @@ def why_no_extension():
             "torch could not be imported at build time; install torch, then "
             "`pip install --no-build-isolation .` (a plain `pip install .` builds without it)"
         )
+    return why_no_compiler()
+
+
+def why_no_compiler():
     compiler = os.environ.get("CXX", "c++")
     try:
         subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True)
@@ -173,9 +182,98 @@ def make_extension(cuda_home):
     return cpp_extension.CppExtension("bkdfast._C", py_limited_api=True, **arguments)
 
 
+def pybind11_headers():
+    """Folder of pybind11's headers, its own or those that torch carries, or None."""
+    try:
+        import pybind11
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        bundled = Path(torch.origin).parent / "include" if torch else None
+        return str(bundled) if bundled and (bundled / "pybind11" / "pybind11.h").is_file() else None
+    return pybind11.get_include()
+
+
+def why_no_native():
+    if os.environ.get("BKDFAST_NO_EXT") == "1":
+        return "BKDFAST_NO_EXT=1 at build time"
+    if pybind11_headers() is None:
+        return "pybind11 could not be imported at build time; install it (pip install pybind11) and reinstall"
+    return why_no_compiler()
+
+
+def make_native():
+    """`bkdfast._native`: an ordinary Python extension module, free of torch and CUDA."""
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-g0"]
+    folder = Path("csrc", "native")
+    return Extension(
+        "bkdfast._native",
+        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp")),
+        depends=[str(folder / "native.h")],
+        include_dirs=[pybind11_headers()],
+        define_macros=[("NATIVE_FLAGS", json.dumps(" ".join(flags)))],
+        extra_compile_args=flags,
+        language="c++",
+    )
+
+
+def note_native(folder, reason):
+    """Add what became of `_native` to the facts in `folder`; say so where it is missing."""
+    path = Path(folder) / "_build.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    facts |= {"native": reason is None, "native_reason": reason}
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if reason and REQUIRED:
+        sys.exit(f"BKDFAST_REQUIRE_EXT=1, but bkdfast._native is missing: {reason}")
+    if reason:
+        print(f"bkdfast: the host-side module _native is left out: {reason}", file=sys.stderr)
+
+
+def with_native(arguments):
+    """The arguments of `setup`, with `bkdfast._native` beside the extension that may be in them."""
+    missing = why_no_native()
+    if missing and not arguments:
+        note_native(ROOT / "bkdfast", missing)
+        return arguments
+
+    class BuildNative(arguments.get("cmdclass", {}).get("build_ext", build_ext)):
+        """Builds `_native` with setuptools' own command, before and apart from the others: torch's flags and file
+        names are for `_C`."""
+
+        def build_extensions(self):
+            native = [extension for extension in self.extensions if extension.name == "bkdfast._native"]
+            others = [extension for extension in self.extensions if extension not in native]
+            self.native_reason = missing
+            try:
+                self.extensions = native
+                build_ext.build_extensions(self)
+            except Exception as error:  # noqa: BLE001  as for `_C`
+                if REQUIRED:
+                    raise
+                native, self.native_reason = [], f"compiling failed ({why(error)})"
+            self.extensions = others
+            super().build_extensions()
+            self.extensions = self.extensions + native
+
+        def get_ext_filename(self, name):
+            if name.rpartition(".")[2] == "_native":
+                return build_ext.get_ext_filename(self, name)
+            return super().get_ext_filename(name)
+
+        def run(self):
+            # What an earlier build left in build/ must not pass for what this one could not build.
+            for stale in (Path(self.build_lib) / "bkdfast").glob("_[Cn]*.so"):
+                stale.unlink()
+            super().run()
+            in_place = self.inplace or self.editable_mode
+            note_native(ROOT / "bkdfast" if in_place else Path(self.build_lib) / "bkdfast", self.native_reason)
+
+    extensions = [*arguments.get("ext_modules", []), *([] if missing else [make_native()])]
+    return {**arguments, "ext_modules": extensions, "cmdclass": {"build_ext": BuildNative}}
+
+
 setup(
     # The top-level name `triton_kernels` belongs to Triton itself; ours is installed inside the package.
     packages=[*find_packages(include=["bkdfast*"]), "bkdfast.triton_kernels"],
     package_dir={"bkdfast.triton_kernels": "triton_kernels"},
-    **extension_arguments(),
+    **with_native(extension_arguments()),
 )

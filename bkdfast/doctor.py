@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ import bkdfast.ops.cosine_monitor
 import bkdfast.ops.delta_sketch
 import bkdfast.ops.norm_tap
 import bkdfast.ops.patch_heads  # noqa: F401  importing an op file registers it
+from bkdfast import _host
 from bkdfast._build import read_build_info
 from bkdfast._version import __version__
 from bkdfast.ops._library import EXTENSION, OPS
@@ -31,6 +33,7 @@ def report() -> str:
         lines.append(f"  compiler     {built.get('compiler', '?')}")
     else:
         lines.append(f"  not loaded   {EXTENSION.reason}")
+    lines += ["", "Host module (_native)", *_host_module()]
     lines += ["", "Ops (CPU tensors)"]
     for name, op in sorted(OPS.items()):
         status = op.backends()
@@ -40,10 +43,28 @@ def report() -> str:
     lines.append("  Triton and CUDA kernels come with a later version; on CUDA tensors the references serve.")
     lines += ["", "Machine"]
     lines.append(f"  CPU          {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    lines.append(f"  features     {_features()}")
     lines.append(f"  GPU          {_gpu()}")
     lines += ["", "Environment"]
     lines += [f"  {name:<20}{os.environ.get(name, '(not set)')}" for name in SWITCHES]
     return "\n".join(lines)
+
+
+def _host_module() -> list[str]:
+    if _host.NATIVE is None:
+        return [f"  not loaded   {_host.WHY_NOT}", "  edit tables are checked in numpy instead"]
+    built = _host.NATIVE.build_info()
+    return [
+        f"  loaded       {Path(_host.NATIVE.__file__ or '').name}, built with pybind11 {built['pybind11']}",
+        f"  compiler     {built['compiler']}, C++ {built['cxx_standard']}, {built['flags']}",
+    ]
+
+
+def _features() -> str:
+    if _host.NATIVE is None:
+        return "(the host module tells them)"
+    present = [name for name, has in _host.NATIVE.cpu_features().items() if has]
+    return " ".join(present) or "(not known on this kind of CPU)"
 
 
 def _version(package: str) -> str:

@@ -13,20 +13,28 @@ first column of the prompt, padding included (`COLUMN`).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 import torch
 
+from bkdfast import _host
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
+from bkdfast.ops import edit_checks
+from bkdfast.ops.edit_checks import ALL_ROWS as ALL_ROWS
+from bkdfast.ops.edit_checks import FAULTS
+from bkdfast.ops.edit_checks import OPEN as OPEN
 
 # Columns of the integer table.
 ROW, ORIGIN, START, STOP, SLICE, SOURCE, STRIDE = range(7)
 COLUMNS = 7
-ALL_ROWS = -1
 FIRST, LAST, COLUMN = 0, 1, 2
-OPEN = 1 << 30
-"""Positions at or beyond +-OPEN mean "without end"."""
+
+# The compiled checks, or the same in numpy.
+checks: ModuleType = _host.NATIVE or edit_checks
 
 
 @dataclass(frozen=True)
@@ -70,89 +78,46 @@ class EditTable:
             raise InvalidTypeError(f"source must be float32 or float64, got {source.dtype}")
         if source.dim() != 2:
             raise InvalidArgumentError(f"source must be [rows, width], got shape {tuple(source.shape)}")
-        rows = _matrix(edits, "edits", COLUMNS).astype(np.int64)
-        scale = _matrix(coefficients, "coefficients", 2).astype(np.float64)
+        rows = _matrix(edits, "edits", COLUMNS, np.int64)
+        scale = _matrix(coefficients, "coefficients", 2, np.float64)
         if len(rows) != len(scale):
             raise InvalidArgumentError(f"{len(rows)} edits but {len(scale)} coefficient pairs; give one pair per edit")
-        _check_ranges(rows, scale, slices, len(source), torch.finfo(source.dtype).max)
-        _check_disjoint(rows)
+        fault = checks.first_fault(rows, scale, slices, len(source), torch.finfo(source.dtype).max)
+        if fault is not None:
+            kind, edit = fault
+            what = FAULTS[kind].format(
+                *rows[edit], slices=slices, sources=len(source), coefficients=scale[edit].tolist()
+            )
+            raise InvalidArgumentError(f"edit {edit}: {what}")
+        if not checks.disjoint(rows):
+            _refuse_overlap(rows)
         return cls(
             torch.from_numpy(rows.astype(np.int32)).to(source.device),
-            torch.from_numpy(scale).to(source.device, source.dtype),
+            torch.tensor(scale, dtype=source.dtype, device=source.device),
             source.contiguous(),
         )
 
 
-def _matrix(values: np.ndarray | list, name: str, columns: int) -> np.ndarray:
+def _matrix(values: np.ndarray | list, name: str, columns: int, dtype: type) -> np.ndarray:
+    """`values` as an aligned, contiguous `[E, columns]` array; the caller's own memory where it is one already."""
     found = np.asarray(values)
     if found.size == 0:
-        return np.zeros((0, columns), dtype=np.int64)
+        return np.zeros((0, columns), dtype=dtype)
     if found.ndim != 2 or found.shape[1] != columns:
         raise InvalidArgumentError(f"{name} must be [E, {columns}], got shape {found.shape}")
-    if name == "edits" and found.dtype.kind not in "iu":
-        raise InvalidTypeError(f"edits must be integers, got {found.dtype}")
-    return found
+    if dtype is np.int64:
+        if found.dtype.kind not in "iu":
+            raise InvalidTypeError(f"{name} must be integers, got {found.dtype}")
+        if found.dtype == np.uint64 and (wide := (found >= 1 << 63).any(1)).any():
+            raise InvalidArgumentError(f"edit {int(wide.argmax())}: a value does not fit 64 bits")
+    return np.require(found, dtype, ["C", "A"])
 
 
-def _check_ranges(rows: np.ndarray, scale: np.ndarray, slices: int, sources: int, largest: float) -> None:
-    def refuse(bad: np.ndarray, what: str) -> None:
-        if bad.any():
-            edit = int(bad.argmax())
-            raise InvalidArgumentError(f"edit {edit}: {what.format(*rows[edit])}")
-
-    refuse((rows[:, SLICE] < 0) | (rows[:, SLICE] >= slices), f"slice {{4}} is out of range, there are {slices}")
-    refuse(rows[:, ROW] < ALL_ROWS, "row {0} is negative; use -1 for every row")
-    refuse(rows[:, ROW] >= 1 << 31, "row {0} does not fit 32 bits")
-    refuse(rows[:, START] > rows[:, STOP], "span [{2}, {3}) ends before it starts")
-    refuse((np.abs(rows[:, START]) > OPEN) | (np.abs(rows[:, STOP]) > OPEN), "span [{2}, {3}) is beyond +-2**30")
-    refuse((rows[:, ORIGIN] < 0) | (rows[:, ORIGIN] > 127), "origin {1} is out of range")
-    refuse(~np.isin(rows[:, STRIDE], (0, 1)), "stride {6} is not 0 (one source row) or 1 (one source row a token)")
-    reads = (scale[:, 1] != 0) & (rows[:, START] < rows[:, STOP])
-    last = rows[:, SOURCE] + rows[:, STRIDE] * np.maximum(rows[:, STOP] - rows[:, START] - 1, 0)
-    refuse(
-        reads & ((rows[:, SOURCE] < 0) | (last >= sources)), f"source row {{5}} is out of range, there are {sources}"
-    )
-    usable = np.abs(scale) <= largest  # False for NaN
-    if not usable.all():
-        edit = int((~usable).any(1).argmax())
-        raise InvalidArgumentError(
-            f"edit {edit}: coefficients {scale[edit].tolist()} are not finite in the source's dtype"
-        )
-
-
-def _check_disjoint(rows: np.ndarray) -> None:
-    """Refuse two edits of one cell, as far as the table alone can tell.
-
-    Spans counted from different origins meet or not depending on a prompt's length, so they are compared only where a
-    span is open on both sides. Where such edits do meet, they apply in the order of the table.
-    """
-    index = np.flatnonzero(rows[:, START] < rows[:, STOP])
-    live = rows[index]
-    everywhere = (live[:, START] == -OPEN) & (live[:, STOP] == OPEN)
-
-    order = np.lexsort((live[:, START], live[:, ROW], live[:, ORIGIN], live[:, SLICE]))
-    before, after = live[order[:-1]], live[order[1:]]
-    same = (before[:, [SLICE, ORIGIN, ROW]] == after[:, [SLICE, ORIGIN, ROW]]).all(1)
-    clash = same & (before[:, STOP] > after[:, START])
-    if clash.any():
-        at = int(clash.argmax())
-        _refuse_pair(rows, index[order[at]], index[order[at + 1]])
-
-    # Wildcards (all rows, or all positions of any origin) against the others of their slice.
-    for i in np.flatnonzero((live[:, ROW] == ALL_ROWS) | everywhere):
-        one = live[i]
-        meets = (live[:, SLICE] == one[SLICE]) & (
-            (one[ROW] == ALL_ROWS) | (live[:, ROW] == ALL_ROWS) | (live[:, ROW] == one[ROW])
-        )
-        overlap = (live[:, ORIGIN] == one[ORIGIN]) & (live[:, START] < one[STOP]) & (live[:, STOP] > one[START])
-        meets &= overlap | everywhere | everywhere[i]
-        meets[i] = False
-        if meets.any():
-            _refuse_pair(rows, index[i], index[int(meets.argmax())])
-
-
-def _refuse_pair(rows: np.ndarray, first: int, second: int) -> None:
-    first, second = sorted((int(first), int(second)))
+def _refuse_overlap(rows: np.ndarray) -> NoReturn:
+    """Name the first edit that meets an earlier one, and the earliest that it meets."""
+    second = bisect_left(range(len(rows)), True, key=lambda n: not checks.disjoint(rows[: n + 1]))
+    # The edits before `second` are disjoint: whatever meets among some of them and it, meets it.
+    first = bisect_left(range(second), True, key=lambda n: not checks.disjoint(rows[np.r_[: n + 1, second]]))
     raise InvalidArgumentError(
         f"edits {first} and {second} address the same cell: slice {rows[first, SLICE]}, "
         f"rows {rows[first, ROW]} and {rows[second, ROW]} (-1 is every row), spans "

@@ -1,7 +1,7 @@
 // What every CUDA kernel of the library needs on the host side: the caller's stream and device, and launch checks.
 //
-// The library links no libtorch_cuda, so that one file loads with a CPU-only torch and with a CUDA one. PyTorch's current
-// stream is therefore looked up at run time in the libtorch_cuda that the process has loaded already.
+// The library links no libtorch_cuda, so that one file loads with a CPU-only torch and with a CUDA one. PyTorch's
+// current stream is therefore looked up at run time in the libtorch_cuda that the process has loaded already.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 INSIDE = """
 import json, torch, bkdfast as bf
+from bkdfast import _host
 from bkdfast.ops._library import EXTENSION, OPS
 z = torch.ones(1, 2, 4)
 bf.patch_heads(z, bf.EditTable.pack([[0, 0, 1, 2, 0, 0, 0]], [[0.0, 0.0]], torch.zeros(1, 2), slices=2))
 import bkdfast.triton_kernels, importlib.util
 print(json.dumps({
     "reason": EXTENSION.reason,
+    "native": _host.WHY_NOT,
     "backends": OPS["patch_heads"].backends(),
     "z": z.tolist(),
     "file": bf.__file__,
@@ -77,11 +80,14 @@ def test_wheel_with_the_extension(source, tmp_path):
     site, said = install(source, tmp_path)
     found = look(site, tmp_path)
     assert found["reason"] is None and found["backends"]["cpp"] == "available"
-    assert "PURE PYTHON" not in said
+    assert found["native"] is None
+    assert "PURE PYTHON" not in said and "left out: " not in said.replace("CUDA kernels are left out: ", "")
     # The name triton_kernels belongs to Triton; ours is inside the package and shadows nothing.
     assert not found["shadow"] and not (site / "triton_kernels").exists()
     names = {path.name for path in (site / "bkdfast").iterdir()}
     assert "triton_kernels" in names and "_C.so" in names and "tests" not in names
+    # A stable ABI without Python has no tag; an extension module of one Python has its own.
+    assert "_native" + sysconfig.get_config_var("EXT_SUFFIX") in names and "_native.so" not in names
 
 
 @pytest.mark.slow
@@ -96,7 +102,8 @@ def test_pure_python_install_works_and_says_what_is_missing(source, tmp_path, en
     site, said = install(source, tmp_path, **environment)
     assert "PURE PYTHON INSTALL" in said and reason in said
     found = look(site, tmp_path)
-    assert reason in found["reason"] and reason in found["backends"]["cpp"]
+    assert reason in found["reason"] and reason in found["backends"]["cpp"] and reason in found["native"]
+    assert not list((site / "bkdfast").glob("*.so"))
     doctor = run(sys.executable, "-P", "-m", "bkdfast", "doctor", cwd=tmp_path, PYTHONPATH=str(site)).stdout
     assert reason in doctor and "reference" in doctor
 
@@ -106,7 +113,8 @@ def test_a_compile_error_leaves_a_working_install(source, tmp_path):
     (source / "csrc" / "cpu" / "broken.cpp").write_text("#error broken on purpose\n")
     site, said = install(source, tmp_path)
     assert "PURE PYTHON INSTALL" in said and "compiling failed" in said
-    assert "compiling failed" in look(site, tmp_path)["reason"]
+    found = look(site, tmp_path)
+    assert "compiling failed" in found["reason"] and found["native"] is None
     refused = run(
         sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path / "w2", source,
         cwd=tmp_path, ok=False, BKDFAST_REQUIRE_EXT="1",
@@ -115,15 +123,54 @@ def test_a_compile_error_leaves_a_working_install(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_isolated_build_has_no_torch_and_says_so(source, tmp_path):
-    """A plain `pip wheel .` builds without torch: pure Python, loudly, with the command that builds the kernels."""
-    # What isolation does to this build is to hide torch; hiding it by hand needs no network.
+def test_a_compile_error_of_the_host_module_leaves_the_kernels(source, tmp_path):
+    (source / "csrc" / "native" / "broken.cpp").write_text("#error broken on purpose\n")
+    site, said = install(source, tmp_path)
+    assert "_native is left out: compiling failed" in said and "PURE PYTHON" not in said
+    found = look(site, tmp_path)
+    assert found["reason"] is None and "not built: compiling failed" in found["native"]
+    doctor = run(sys.executable, "-P", "-m", "bkdfast", "doctor", cwd=tmp_path, PYTHONPATH=str(site)).stdout
+    assert "not built: compiling failed" in doctor and "checked in numpy" in doctor
+
+
+def setup_without(source, hidden, *command, **environment):
+    """Run `setup.py` where some packages cannot be imported: what isolation does, but it needs no network."""
     code = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'bdist_wheel', '-d', sys.argv[1]]; "
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({hidden!r})); sys.argv = ['setup.py', *sys.argv[1:]]; "
         "runpy.run_path('setup.py', run_name='__main__')"
     )
-    said = run(sys.executable, "-c", code, tmp_path / "wheel", cwd=source)
-    assert "PURE PYTHON INSTALL" in said.stderr and "--no-build-isolation" in said.stderr
+    return run(sys.executable, "-c", code, *command, cwd=source, **environment).stderr
+
+
+@pytest.mark.slow
+def test_isolated_build_has_no_torch_and_says_so(source, tmp_path):
+    """A plain `pip wheel .` builds without torch: no kernels, loudly, with the command that builds them; `_native`."""
+    # What an earlier build with torch left behind does not join this wheel.
+    stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "bkdfast" / "_C.so"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"stale")
+    said = setup_without(source, ["torch"], "bdist_wheel", "-d", tmp_path / "wheel")
+    assert "PURE PYTHON INSTALL" in said and "--no-build-isolation" in said
+    wheel = next((tmp_path / "wheel").glob("*.whl"))
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", wheel, cwd=tmp_path)
+    found = look(tmp_path / "site", tmp_path)
+    assert "--no-build-isolation" in found["reason"] and found["native"] is None
+    assert [path.name.split(".")[0] for path in (tmp_path / "site" / "bkdfast").glob("*.so")] == ["_native"]
+
+
+@pytest.mark.slow
+def test_without_pybind11_the_headers_of_torch_serve(source):
+    setup_without(source, ["pybind11"], "build_ext", "--inplace", BKDFAST_NO_CUDA="1")
+    assert json.loads((source / "bkdfast" / "_build.json").read_text())["native"] is True
+    assert list((source / "bkdfast").glob("_native.*.so"))
+
+
+@pytest.mark.slow
+def test_without_any_headers_of_pybind11(source):
+    said = setup_without(source, ["pybind11", "torch"], "build")
+    assert "_native is left out: pybind11 could not be imported" in said and "PURE PYTHON INSTALL" in said
+    facts = json.loads((source / "bkdfast" / "_build.json").read_text())
+    assert facts["native"] is False and "pip install pybind11" in facts["native_reason"]
 
 
 def test_this_install_is_complete():
@@ -149,7 +196,9 @@ def test_nothing_imports_a_top_level_triton_kernels():
 
 def test_every_switch_is_in_the_readme():
     used = set()
-    for path in [ROOT / "setup.py", *(ROOT / "bkdfast").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]:
-        used |= set(re.findall(r"BKDFAST_[A-Z_]+", path.read_text()))
+    for path in [ROOT / "setup.py", *(ROOT / "bkdfast").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
+        used |= set(re.findall(r"[\"']BKDFAST_[A-Z_]+", path.read_text()))  # quoted: macros are not switches
+    used = {name[1:] for name in used}
     readme = (ROOT / "README.md").read_text()
-    assert used and not {name for name in used if f"`{name}" not in readme}
+    assert {"BKDFAST_CPU", "BKDFAST_BACKEND", "BKDFAST_NO_EXT"} <= used
+    assert not {name for name in used if f"`{name}" not in readme}

@@ -1,6 +1,7 @@
-"""`EditTable.pack`: what it stores, everything it refuses, and overlap detection against brute force."""
+"""`EditTable.pack`: what it stores, everything it refuses, and overlap detection against brute force.
 
-import itertools
+Every test runs with the compiled checks and with the numpy twin.
+"""
 
 import numpy as np
 import pytest
@@ -8,12 +9,20 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bkdfast import BkdfastError, EditTable, patch_heads
+from bkdfast import BkdfastError, EditTable, _host, patch_heads
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
+from bkdfast.ops import edit_checks, edit_table
 from bkdfast.ops.edit_table import ALL_ROWS, FIRST, LAST, OPEN
 
 ONE = [0, FIRST, 0, 1, 0, 0, 0]
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=["native", "numpy"], autouse=True)
+def checks(request, monkeypatch):
+    if request.param == "native" and _host.NATIVE is None:
+        pytest.skip(f"bkdfast._native: {_host.WHY_NOT}")
+    monkeypatch.setattr(edit_table, "checks", _host.NATIVE if request.param == "native" else edit_checks)
 
 
 def pack(edits, coefficients=None, source=None, slices=4):
@@ -62,6 +71,11 @@ REFUSED = {
     "source": (changed(source=5), "source row 5 is out of range, there are 5"),
     "negative source": (changed(source=-1), "source row -1 is out of range"),
     "last source": (changed(stop=4, source=2, stride=1), "source row 2 is out of range, there are 5"),
+    "start of 64 bits": (changed(start=-(2**63)), "beyond"),
+    "stop of 64 bits": (changed(stop=2**63 - 1), "beyond"),
+    "source of 33 bits": (changed(source=2**31), "source row 2147483648 does not fit"),
+    "negative source of 33 bits": (changed(source=-(2**31) - 1), "source row -2147483649 does not fit"),
+    "source of 64 bits": (changed(stop=9, source=2**63 - 1, stride=1), "source row 9223372036854775807 does not fit"),
     "endless source": (changed(stop=OPEN, stride=1), "source row 0 is out of range"),
 }
 
@@ -69,14 +83,63 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_out_of_range(name):
     edit, message = REFUSED[name]
-    with pytest.raises(InvalidArgumentError, match=f"edit 1: .*{message}") as raised:
+    with pytest.raises(InvalidArgumentError, match=f"^edit 1: .*{message}") as raised:
         pack([changed(slice=3), edit])
     assert isinstance(raised.value, BkdfastError)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_first_edit_is_named(name):
+    edit, message = REFUSED[name]
+    others = [case[0] for case in REFUSED.values()]
+    with pytest.raises(InvalidArgumentError, match=f"^edit 0: .*{message}"):
+        pack([edit, *others, ONE, ONE], [[0.0, 1.0]] + [[NAN, 1.0]] * (len(others) + 2))
+
+
+def test_the_cases_have_every_fault():
+    """In the order of `FAULTS`, which the compiled checks number by hand; the last one is about coefficients."""
+    found = {
+        edit_table.checks.first_fault(np.array([edit]), np.ones((1, 2)), 4, 5, 1e30)[0] for edit, _ in REFUSED.values()
+    }
+    assert found == set(range(len(edit_checks.FAULTS) - 1))
 
 
 def test_the_limits_themselves_pass():
     pack([changed(slice=3, row=2**31 - 1, start=-OPEN, stop=OPEN, origin=127, source=4)])
     pack([changed(stop=3, source=2, stride=1)])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        np.int8,
+        np.int32,
+        np.uint64,
+        ">i8",
+        np.asfortranarray,
+        lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+        lambda a: np.frombuffer(b"-" + a.tobytes(), np.int64, offset=1).reshape(a.shape),  # not aligned, read-only
+    ],
+)
+def test_integers_of_any_layout(form):
+    edits = np.array([changed(row=1, source=2), changed(row=2, slice=3)])
+    given = form(edits) if callable(form) and not isinstance(form, type) else edits.astype(form)
+    assert pack(given).table.tolist() == edits.tolist()
+
+
+def test_unsigned_integers_do_not_wrap():
+    edits = np.array([ONE, ONE], dtype=np.uint64)
+    edits[1, 0] = 2**64 - 1  # -1, every row, if it wrapped
+    with pytest.raises(InvalidArgumentError, match="edit 1: a value does not fit 64 bits"):
+        pack(edits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_table_does_not_share_the_callers_memory(dtype):
+    edits, coefficients = np.array([ONE]), np.ones((1, 2))
+    table = pack(edits, coefficients, torch.zeros(5, 3, dtype=dtype))
+    edits[:], coefficients[:] = 7, 7
+    assert table.table.tolist() == [ONE] and table.coefficients.tolist() == [[1, 1]]
 
 
 def test_an_unread_source_row_is_not_checked():
@@ -127,17 +190,20 @@ def cells(edit, rows=3):
     return {(i, t, piece) for i in (range(rows) if row == ALL_ROWS else [row]) for t in span}
 
 
-def meet(edits):
-    """Some two edits address one cell; of different origins only where one of them spans every position."""
-    for one, other in itertools.combinations([edit for edit in edits if edit[2] < edit[3]], 2):
-        if one[1] == other[1]:
-            if cells(one) & cells(other):
-                return True
-        elif any(edit[2:4] == [-OPEN, OPEN] for edit in (one, other)):
-            rows = [{0, 1, 2} if edit[0] == ALL_ROWS else {edit[0]} for edit in (one, other)]
-            if one[4] == other[4] and rows[0] & rows[1]:
-                return True
+def meet(one, other):
+    """Two edits address one cell; of different origins only where one of them spans every position."""
+    if one[1] == other[1]:
+        return bool(cells(one) & cells(other))
+    if all(edit[2] < edit[3] for edit in (one, other)) and any(edit[2:4] == [-OPEN, OPEN] for edit in (one, other)):
+        rows = [{0, 1, 2} if edit[0] == ALL_ROWS else {edit[0]} for edit in (one, other)]
+        return one[4] == other[4] and bool(rows[0] & rows[1])
     return False
+
+
+def first_pair(edits):
+    """The first edit that meets an earlier one, and the earliest that it meets."""
+    pairs = ((i, j) for j in range(len(edits)) for i in range(j) if meet(edits[i], edits[j]))
+    return next(pairs, None)
 
 
 def edits(origins):
@@ -172,11 +238,16 @@ def test_overlaps_of_two_origins(edits):
 
 
 def agree(edits):
-    if meet(edits):
-        with pytest.raises(InvalidArgumentError, match=r"edits \d+ and \d+ address the same cell: slice \d") as raised:
+    pair = first_pair(edits)
+    if pair:
+        with pytest.raises(InvalidArgumentError) as raised:
             pack(edits)
-        first, second = (int(word) for word in str(raised.value).split()[1:4:2])
-        assert first < second and meet([edits[first], edits[second]]), "the message names two others"
+        first, second = (edits[i] for i in pair)
+        assert str(raised.value) == (
+            f"edits {pair[0]} and {pair[1]} address the same cell: slice {first[4]}, rows {first[0]} and {second[0]} "
+            f"(-1 is every row), spans [{first[2]}, {first[3]}) and [{second[2]}, {second[3]}); "
+            "merge them into one edit"
+        )
     else:
         assert pack(edits).table.tolist() == edits
 
@@ -188,7 +259,8 @@ def test_both_outcomes_are_drawn():
     for _ in range(300):
         spans = np.sort(g.integers(-6, 7, (4, 2)), axis=1)
         outcomes.append(
-            meet([[int(g.integers(-1, 3)), 0, *map(int, span), int(g.integers(0, 4)), 0, 0] for span in spans])
+            first_pair([[int(g.integers(-1, 3)), 0, *map(int, span), int(g.integers(0, 4)), 0, 0] for span in spans])
+            is not None
         )
     assert 0.2 < np.mean(outcomes) < 0.9
 
