@@ -53,7 +53,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*/* tests/kernels/*.h
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run

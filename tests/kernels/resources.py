@@ -122,11 +122,12 @@ def cuda_rows() -> list[Row]:
         return []
     library = str(EXTENSION.path)
     usage = list(parse_usage(cuobjdump("-res-usage", library)))
-    threads = dict(re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", cuobjdump("-ptx", library), re.DOTALL))
+    threads = dict(re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", cuobjdump("-ptx", library)))
     short = dict(zip((name for _, name, *_ in usage), demangle([name for _, name, *_ in usage]), strict=True))
     rows = []
     for target, name, registers, stack, shared in usage:
         kernel, _, variant = short[name].partition("<")
+        assert name in threads, f"{short[name]} has no __launch_bounds__"
         count = int(threads[name])
         rows.append(
             Row(kernel, variant.removesuffix(">"), target, registers, stack, shared, count,
