@@ -16,9 +16,17 @@ import bkdfast.ops.patch_heads  # noqa: F401  importing an op file registers it
 from bkdfast import _host
 from bkdfast._build import read_build_info
 from bkdfast._version import __version__
+from bkdfast.errors import BackendError
 from bkdfast.ops._library import EXTENSION, OPS
 
-SWITCHES = ("BKDFAST_BACKEND", "BKDFAST_NO_EXT", "BKDFAST_REQUIRE_EXT", "OMP_NUM_THREADS")
+SWITCHES = (
+    "BKDFAST_BACKEND",
+    "BKDFAST_CPU",
+    "BKDFAST_NO_EXT",
+    "BKDFAST_NO_CUDA",
+    "BKDFAST_REQUIRE_EXT",
+    "OMP_NUM_THREADS",
+)
 
 
 def report() -> str:
@@ -31,16 +39,12 @@ def report() -> str:
     if EXTENSION.path is not None:
         lines.append(f"  loaded       {EXTENSION.path.name}, built with torch {built.get('torch', '?')}")
         lines.append(f"  compiler     {built.get('compiler', '?')}")
+        lines.append(f"  CPU kernels  {_cpu_isa()}")
+        lines.append(f"  CUDA kernels {EXTENSION.why_no_cuda() or _cuda_build(built['cuda'])}")
     else:
         lines.append(f"  not loaded   {EXTENSION.reason}")
     lines += ["", "Host module (_native)", *_host_module()]
-    lines += ["", "Ops (CPU tensors)"]
-    for name, op in sorted(OPS.items()):
-        status = op.backends()
-        serving = next(backend for backend, state in status.items() if state == "available")
-        others = "; ".join(f"{backend}: {state}" for backend, state in status.items() if state != "available")
-        lines.append(f"  {name:<24}{serving}" + (f"   ({others})" if others else ""))
-    lines.append("  Triton and CUDA kernels come with a later version; on CUDA tensors the references serve.")
+    lines += ["", "Ops: what serves them on CPU tensors, and on CUDA tensors", *_ops()]
     lines += ["", "Machine"]
     lines.append(f"  CPU          {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     lines.append(f"  features     {_features()}")
@@ -48,6 +52,21 @@ def report() -> str:
     lines += ["", "Environment"]
     lines += [f"  {name:<20}{os.environ.get(name, '(not set)')}" for name in SWITCHES]
     return "\n".join(lines)
+
+
+def _ops() -> list[str]:
+    """One line an op, then each reason why a backend is out, with the ops it holds for."""
+    lines = [f"  {name:<24}{op.serving('cpu'):<12}{op.serving('cuda')}" for name, op in sorted(OPS.items())]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, op in sorted(OPS.items()):
+        for backend, status in op.backends().items():
+            if status != "available" and not op.composite:
+                reasons.setdefault((backend, status), []).append(name)
+    everywhere = sum(not op.composite for op in OPS.values())
+    for (backend, status), names in sorted(reasons.items()):
+        which = "" if len(names) == everywhere else f" ({', '.join(names)})"
+        lines.append(f"  not {backend} here: {status}{which}")
+    return lines
 
 
 def _host_module() -> list[str]:
@@ -65,6 +84,17 @@ def _features() -> str:
         return "(the host module tells them)"
     present = [name for name, has in _host.NATIVE.cpu_features().items() if has]
     return " ".join(present) or "(not known on this kind of CPU)"
+
+
+def _cuda_build(cuda: dict) -> str:
+    return f"for {cuda['architectures']}, by nvcc {cuda['nvcc']}"
+
+
+def _cpu_isa() -> str:
+    try:
+        return str(EXTENSION.cpu_isa())
+    except BackendError as error:
+        return f"none: {error}"
 
 
 def _version(package: str) -> str:

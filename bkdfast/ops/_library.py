@@ -8,11 +8,12 @@ The schema is defined here in Python, so an op exists when nothing is compiled. 
   CUDA kernel is, and imported at the first call.
 
 The dispatcher therefore picks the best one by itself; `Op.backends()` says which are there, and why the others are not.
-`BKDFAST_BACKEND` forces one for the whole process.
+`BKDFAST_BACKEND` forces one for the whole process; `BKDFAST_CPU` caps the instruction set of the CPU kernels.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -182,6 +183,21 @@ class Extension:
 
         cuda = read_build_info().get("cuda")
         return None if cuda and cuda.get("built") else (cuda or {}).get("reason", "the CUDA kernels were not built")
+
+    def cpu_isa(self) -> str | None:
+        """What the CPU kernels use: `"avx512"`, `"avx2"` or `"scalar"`; None when nothing is loaded.
+
+        Raises:
+            BackendError: `BKDFAST_CPU` is unknown or more than this CPU has.
+        """
+        if self.path is None:
+            return None
+        ask = ctypes.CDLL(str(self.path)).bkdfast_cpu_isa
+        ask.restype = ctypes.c_char_p
+        answer = ask().decode()
+        if answer not in ("avx512", "avx2", "scalar"):
+            raise BackendError(answer)
+        return answer
 
 
 def _why_not_built() -> str:

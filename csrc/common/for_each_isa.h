@@ -6,6 +6,11 @@
 
 #if defined(BKDFAST_X86)
 
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12, inside its own _mm512_undefined_ps
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt"))), \
                              apply_to = function)
@@ -41,6 +46,7 @@ namespace avx2 {
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 #endif
 
 #endif  // BKDFAST_X86

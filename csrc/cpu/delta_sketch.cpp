@@ -20,17 +20,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPad = 16;      // columns are padded with zeros to the widest vector
-constexpr int64_t kBlock = 1024;  // columns of a block
-constexpr int64_t kPanel = 24;    // rows of a panel
-constexpr int64_t kGroups = 16;   // partial sums of Z, whatever the number of threads
+constexpr int64_t kPad = 16;     // columns are padded with zeros to the widest vector
+constexpr int64_t kBlock = 512;  // columns of a block
+constexpr int64_t kPanel = 24;   // rows of a panel
+constexpr int64_t kGroups = 16;  // partial sums of Z, whatever the number of threads
 
 enum class Type { kBFloat16, kHalf, kFloat, kDouble };
 
 struct Weight {
   const char* data;
-  int64_t row_stride, column_stride;  // elements
-  int64_t item;                       // bytes of one
+  int64_t columns, row_stride, column_stride;  // elements
+  int64_t item;                                // bytes of one
   Type type;
 };
 
@@ -122,15 +122,8 @@ Totals run(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, 
   }
   const auto packed = pack_x<Acc>(x);
   const int64_t stride = odd_lines<Acc>(n);
-  const Job<Acc> job{base,
-                     tuned,
-                     m,
-                     n,
-                     k,
-                     packed.get(),
-                     static_cast<Acc*>(y.mutable_data_ptr()),
-                     k ? stride : kBlock,
-                     round_up(n, kPad)};
+  const Job<Acc> job{base,  tuned, m, n, k, packed.get(), static_cast<Acc*>(y.mutable_data_ptr()), k ? stride : kBlock,
+                     stride};
   // Rows to groups, whole panels each: depends on m alone, and so do the sums.
   const int64_t panels = (m + kPanel - 1) / kPanel;
   const int64_t groups = std::min(kGroups, panels);
@@ -141,16 +134,17 @@ Totals run(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, 
   // Memory for each group, of which a thread touches the share of the first group it serves.
   const auto scratch_memory = allocate<char>(groups * (delta_size + 2 * gathered_size));
   std::vector<Totals> totals(groups);
-  Job<Acc> shared = job;
-  shared.z_stride = stride;
   const bool small = m * n * (k + 8) < (int64_t{1} << 20);
   torch::stable::parallel_for(0, groups, small ? groups : 1, [&](int64_t from, int64_t to) {
     char* memory = scratch_memory.get() + from * (delta_size + 2 * gathered_size);
     const Scratch<Acc> scratch{reinterpret_cast<Acc*>(memory),
                                {memory + delta_size, memory + delta_size + gathered_size}};
-    for (int64_t g = from; g < to; ++g)
-      kernel(shared, g * panels / groups * kPanel, std::min(m, (g + 1) * panels / groups * kPanel), scratch,
-             z_parts.get() + g * k * stride, totals[g]);
+    for (int64_t g = from; g < to; ++g) {
+      Totals own;  // not in place: neighbours' totals share a cache line
+      kernel(job, g * panels / groups * kPanel, std::min(m, (g + 1) * panels / groups * kPanel), scratch,
+             z_parts.get() + g * k * stride, own);
+      totals[g] = own;
+    }
   });
   torch::stable::parallel_for(0, n, small ? n : 1024, [&](int64_t from, int64_t to) {
     reduce_z(z_parts.get(), groups, stride, k, from, to, z_out);
@@ -164,7 +158,7 @@ Totals run(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, 
 }
 
 Weight weight_of(const Tensor& w, const char* name) {
-  Weight weight{static_cast<const char*>(w.const_data_ptr()), w.stride(0), w.stride(1), 0, Type::kFloat};
+  Weight weight{static_cast<const char*>(w.const_data_ptr()), w.size(1), w.stride(0), w.stride(1), 0, Type::kFloat};
   switch (w.scalar_type()) {
     case ScalarType::BFloat16:
       return weight.item = 2, weight.type = Type::kBFloat16, weight;

@@ -7,11 +7,50 @@ constexpr int kRows = 6, kColumns = 4, kVectors = 6;
 constexpr int kRows = 3, kColumns = 4, kVectors = 3;
 #endif
 
+// Rows of a block of one weight. What lies `ahead` bytes on is read a block later; the hardware alone does not see that
+// coming and reaches a third of the memory's bandwidth. It may lie outside the weight: fetching never faults.
+struct Rows {
+  const char* at;
+  int64_t stride, ahead;  // bytes
+
+  BKDFAST_INLINE void fetch(int64_t row, int64_t offset, int64_t bytes) const {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(at) + row * stride + ahead + offset;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(from + i), 0, 2);
+  }
+};
+
+// What form_delta takes from the vectors of one row.
+template <typename Acc>
+struct Sums {
+  using Counter = std::conditional_t<sizeof(Acc) == 4, Counters, LongCounters>;
+  Vec<double> low, high;
+  Counter changed;
+
+  // Written out: an implicit constructor would be compiled for the generic target.
+  BKDFAST_INLINE Sums() : low(Vec<double>::zero()), high(Vec<double>::zero()), changed{} {}
+  BKDFAST_INLINE void add(Vec<Acc> base, Vec<Acc> tuned, Acc* out) {
+    const Vec<Acc> delta = tuned - base;
+    delta.store(out);
+    changed = count_unequal(base, tuned, changed);
+    if constexpr (sizeof(Acc) == 4) {
+      const Vec<double> first = lower(delta), second = upper(delta);
+      low = fma(first, first, low);
+      high = fma(second, second, high);
+    } else {
+      low = fma(delta, delta, low);
+    }
+  }
+  BKDFAST_INLINE void total(Totals& totals) const {
+    totals.frobenius_sq += sum(low + high);
+    for (int64_t i = 0; i < Vec<Acc>::kWidth; ++i) totals.changed += changed[i];
+  }
+};
+
 // out = tuned - base for `count` entries of one row, zeros up to a multiple of kPad.
 template <typename Acc, typename Base, typename Tuned>
-void form_delta(const void* base_row, const void* tuned_row, int64_t count, Acc* out, Totals& totals) {
-  const Base* base = static_cast<const Base*>(base_row);
-  const Tuned* tuned = static_cast<const Tuned*>(tuned_row);
+void form_delta(const Rows& base_rows, const Rows& tuned_rows, int64_t row, int64_t count, Acc* out, Totals& totals) {
+  const Base* base = reinterpret_cast<const Base*>(base_rows.at + row * base_rows.stride);
+  const Tuned* tuned = reinterpret_cast<const Tuned*>(tuned_rows.at + row * tuned_rows.stride);
   if constexpr (sizeof(Acc) == 4 && (sizeof(Base) == 8 || sizeof(Tuned) == 8)) {
     // float64 against a narrower type: the difference is taken in double and rounded once.
     for (int64_t j = 0; j < count; ++j) {
@@ -23,35 +62,30 @@ void form_delta(const void* base_row, const void* tuned_row, int64_t count, Acc*
     for (int64_t j = count; j % kPad; ++j) out[j] = 0;
   } else {
     using V = Vec<Acc>;
-    using D = Vec<double>;
-    D low = D::zero(), high = D::zero();
-    auto changed = V::zero().v != V::zero().v;
+    constexpr int64_t kStep = 32;  // a line of 16-bit weights
+    Sums<Acc> sums;
     int64_t j = 0;
-    for (; j < count; j += V::kWidth) {
-      const bool whole = j + V::kWidth <= count;
-      const V a = whole ? V::load(base + j) : V::load_partial(base + j, count - j);
-      const V b = whole ? V::load(tuned + j) : V::load_partial(tuned + j, count - j);
-      const V delta = b - a;
-      changed -= a.v != b.v;
-      delta.store(out + j);
-      if constexpr (sizeof(Acc) == 4) {
-        const D first = lower(delta), second = upper(delta);
-        low = fma(first, first, low);
-        high = fma(second, second, high);
-      } else {
-        low = fma(delta, delta, low);
-      }
+    for (; j + kStep <= count; j += kStep) {
+      base_rows.fetch(row, j * sizeof(Base), kStep * sizeof(Base));
+      tuned_rows.fetch(row, j * sizeof(Tuned), kStep * sizeof(Tuned));
+#pragma GCC unroll 8
+      for (int64_t i = j; i < j + kStep; i += V::kWidth) sums.add(V::load(base + i), V::load(tuned + i), out + i);
+    }
+    for (; j + V::kWidth <= count; j += V::kWidth) sums.add(V::load(base + j), V::load(tuned + j), out + j);
+    if (j < count) {
+      sums.add(V::load_partial(base + j, count - j), V::load_partial(tuned + j, count - j), out + j);
+      j += V::kWidth;
     }
     for (; j % kPad; j += V::kWidth) V::zero().store(out + j);
-    totals.frobenius_sq += sum(low + high);
-    int64_t differing = 0;
-    for (int64_t i = 0; i < V::kWidth; ++i) differing += changed[i];
-    totals.changed += differing;
+    sums.total(totals);
   }
 }
 
+template <typename Acc>
+using DeltaFormer = void (*)(const Rows&, const Rows&, int64_t, int64_t, Acc*, Totals&);
+
 template <typename Acc, typename Base>
-auto delta_former_of(Type tuned) -> void (*)(const void*, const void*, int64_t, Acc*, Totals&) {
+DeltaFormer<Acc> delta_former_of(Type tuned) {
   if constexpr (sizeof(Acc) == 8) {
     return form_delta<double, double, double>;
   } else {
@@ -69,7 +103,7 @@ auto delta_former_of(Type tuned) -> void (*)(const void*, const void*, int64_t, 
 }
 
 template <typename Acc>
-auto delta_former(Type base, Type tuned) -> void (*)(const void*, const void*, int64_t, Acc*, Totals&) {
+DeltaFormer<Acc> delta_former(Type base, Type tuned) {
   switch (base) {
     case Type::kBFloat16:
       return delta_former_of<Acc, c10::BFloat16>(tuned);
@@ -104,9 +138,13 @@ void multiply_tile(const Acc* delta, int64_t delta_stride, const Acc* x, int64_t
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) y[r * y_stride + c] += sum(acc[r][c]);
+  for (int r = 0; r < R; ++r) {
+    if constexpr (C == 4) {
+      add_sums(acc[r], y + r * y_stride);
+    } else {
+      for (int c = 0; c < C; ++c) y[r * y_stride + c] += sum(acc[r][c]);
+    }
+  }
 }
 
 template <typename Acc, int R>
@@ -169,37 +207,41 @@ template <typename Acc>
 void accumulate(const Acc* delta, int64_t delta_stride, int64_t rows, int64_t columns, const Acc* y, int64_t k, Acc* z,
                 int64_t z_stride, bool fresh) {
   constexpr int64_t kWidth = Vec<Acc>::kWidth;
-  int64_t j = 0;
-  for (; j + kVectors * kWidth <= columns; j += kVectors * kWidth)
-    accumulate_columns<Acc, kVectors>(delta + j, delta_stride, rows, y, k, z + j, z_stride, fresh);
-  for (; j < columns; j += kWidth)
-    accumulate_columns<Acc, 1>(delta + j, delta_stride, rows, y, k, z + j, z_stride, fresh);
+  int64_t j = columns;  // backwards: the last columns are still in the cache, the first will be needed next
+  for (; j % (kVectors * kWidth); j -= kWidth)
+    accumulate_columns<Acc, 1>(delta + j - kWidth, delta_stride, rows, y, k, z + j - kWidth, z_stride, fresh);
+  for (; j > 0; j -= kVectors * kWidth)
+    accumulate_columns<Acc, kVectors>(delta + j - kVectors * kWidth, delta_stride, rows, y, k,
+                                      z + j - kVectors * kWidth, z_stride, fresh);
 }
 
 // A block [rows, count] of a weight with any strides, copied to rows of kBlock entries.
 template <typename Word>
-void gather_words(const Word* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count, Word* to) {
+void gather(const Word* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count, Word* to) {
   for (int64_t j = 0; j < count; ++j)
     for (int64_t r = 0; r < rows; ++r) to[r * kBlock + j] = from[r * row_stride + j * column_stride];
 }
 
-void gather(const Weight& weight, const char* from, int64_t rows, int64_t count, void* to) {
-  if (weight.item == 2)
-    gather_words(reinterpret_cast<const uint16_t*>(from), weight.row_stride, weight.column_stride, rows, count,
-                 static_cast<uint16_t*>(to));
-  else if (weight.item == 4)
-    gather_words(reinterpret_cast<const uint32_t*>(from), weight.row_stride, weight.column_stride, rows, count,
-                 static_cast<uint32_t*>(to));
+Rows rows_of(const Weight& weight, int64_t panel, int64_t rows, int64_t column, int64_t count, void* gathered) {
+  const int64_t item = weight.item, stride = weight.row_stride, apart = weight.column_stride;
+  const char* at = weight.data + (panel * stride + column * apart) * item;
+  if (apart == 1 || count == 1) {
+    const bool last = column + count == weight.columns;
+    return {at, stride * item, last ? (kPanel * stride - column) * item : kBlock * item};
+  }
+  if (item == 2)
+    gather(reinterpret_cast<const uint16_t*>(at), stride, apart, rows, count, static_cast<uint16_t*>(gathered));
+  else if (item == 4)
+    gather(reinterpret_cast<const uint32_t*>(at), stride, apart, rows, count, static_cast<uint32_t*>(gathered));
   else
-    gather_words(reinterpret_cast<const uint64_t*>(from), weight.row_stride, weight.column_stride, rows, count,
-                 static_cast<uint64_t*>(to));
+    gather(reinterpret_cast<const uint64_t*>(at), stride, apart, rows, count, static_cast<uint64_t*>(gathered));
+  return {static_cast<const char*>(gathered), kBlock * item, 0};
 }
 
 // Rows [begin, end) of Y, and what they add to Z (transposed, [k, z_stride]), the norm and the count.
 template <typename Acc>
 void sketch_rows(const Job<Acc>& job, int64_t begin, int64_t end, const Scratch<Acc>& scratch, Acc* z, Totals& totals) {
   const auto form = delta_former<Acc>(job.base.type, job.tuned.type);
-  const Weight* weights[2] = {&job.base, &job.tuned};
   for (int64_t panel = begin; panel < end; panel += kPanel) {
     const int64_t rows = end - panel < kPanel ? end - panel : kPanel;
     Acc* y = job.y + panel * job.k;
@@ -207,25 +249,13 @@ void sketch_rows(const Job<Acc>& job, int64_t begin, int64_t end, const Scratch<
     for (int64_t column = 0; column < job.n; column += kBlock) {
       const int64_t count = job.n - column < kBlock ? job.n - column : kBlock;
       const int64_t padded = (count + kPad - 1) / kPad * kPad;
-      const char* rows_of[2];
-      int64_t stride_of[2];  // bytes
-      for (int i = 0; i < 2; ++i) {
-        const Weight& weight = *weights[i];
-        rows_of[i] = weight.data + (panel * weight.row_stride + column * weight.column_stride) * weight.item;
-        stride_of[i] = weight.row_stride * weight.item;
-        if (weight.column_stride != 1 && count > 1) {
-          gather(weight, rows_of[i], rows, count, scratch.gathered[i]);
-          rows_of[i] = static_cast<const char*>(scratch.gathered[i]);
-          stride_of[i] = kBlock * weight.item;
-        }
-      }
+      const Rows base = rows_of(job.base, panel, rows, column, count, scratch.gathered[0]);
+      const Rows tuned = rows_of(job.tuned, panel, rows, column, count, scratch.gathered[1]);
       const Acc* x = job.x + column * job.k;  // [k, x_stride] of this block
       for (int64_t row = 0; row < rows; row += kRows) {
         const int tile = rows - row < kRows ? static_cast<int>(rows - row) : kRows;
         Acc* delta = scratch.delta + row * job.delta_stride + (job.k ? column : 0);
-        for (int r = 0; r < tile; ++r)
-          form(rows_of[0] + (row + r) * stride_of[0], rows_of[1] + (row + r) * stride_of[1], count,
-               delta + r * job.delta_stride, totals);
+        for (int r = 0; r < tile; ++r) form(base, tuned, row + r, count, delta + r * job.delta_stride, totals);
         multiply(tile, delta, job.delta_stride, x, kBlock, padded, y + row * job.k, job.k);
       }
     }

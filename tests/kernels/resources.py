@@ -32,6 +32,7 @@ _SHARED_PER_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "
 class Row:
     """One kernel on one target. Shared memory in bytes a block, occupancy in percent."""
 
+    source: str
     kernel: str
     variant: str
     target: str
@@ -102,7 +103,7 @@ def _compile(which: tuple[str, int]) -> list[Row]:
                 _, _, registers, stack, _ = next(parse_usage(cuobjdump("-res-usage", file.name)))
         threads, shared = warps * (64 if amd else 32), built.metadata.shared
         rows.append(
-            Row(function.__name__, name, target, registers, stack, shared, threads,
+            Row(f"triton/{module}", function.__name__, name, target, registers, stack, shared, threads,
                 occupancy(target, registers, shared, threads))
         )  # fmt: skip
     return rows
@@ -129,8 +130,10 @@ def cuda_rows() -> list[Row]:
         kernel, _, variant = short[name].partition("<")
         assert name in threads, f"{short[name]} has no __launch_bounds__"
         count = int(threads[name])
+        source = re.search(r"_\d+_(\w+?)_cu_", name)  # the compiler's name for the file's anonymous namespace
+        assert source, f"{short[name]} is not in an anonymous namespace"
         rows.append(
-            Row(kernel, variant.removesuffix(">"), target, registers, stack, shared, count,
+            Row(f"cuda/{source.group(1)}", kernel, variant.removesuffix(">"), target, registers, stack, shared, count,
                 occupancy(target, registers, shared, count))
         )  # fmt: skip
     return rows
@@ -191,7 +194,7 @@ def write(rows: list[Row]) -> str:
 def read() -> tuple[str, list[Row]]:
     """(versions, rows) of the table in the repository."""
     first, *rest = TABLE.read_text(encoding="utf-8").splitlines()
-    rows = [Row(*row[:3], *map(int, row[3:])) for row in csv.reader(rest[1:])]  # type: ignore[arg-type]
+    rows = [Row(*row[:4], *map(int, row[4:])) for row in csv.reader(rest[1:])]  # type: ignore[arg-type]
     return first, rows
 
 

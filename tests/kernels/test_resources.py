@@ -6,6 +6,7 @@ No GPU is needed. The figures are compared with `resources.csv`, so that a chang
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 from pathlib import Path
 
@@ -29,19 +30,20 @@ def test_every_triton_kernel_is_compiled_for_every_target(rows):
     assert {op.triton for op in OPS.values() if op.triton} <= set(resources.triton_modules()) <= modules
     for name, i in resources.triton_variants():
         variant = list(resources._module(name).aot_variants())[i]
-        built = {row.target for row in rows if (row.kernel, row.variant) == (variant[1].__name__, variant[0])}
+        same = (f"triton/{name}", variant[1].__name__, variant[0])
+        built = {row.target for row in rows if (row.source, row.kernel, row.variant) == same}
         assert built == set(resources.TARGETS), (name, variant[0])
 
 
 def test_every_cuda_kernel_is_compiled_for_every_target(rows):
     if EXTENSION.reason or EXTENSION.why_no_cuda():
         pytest.skip(EXTENSION.reason or EXTENSION.why_no_cuda())
-    kernels = {(row.kernel, row.variant): set() for row in resources.cuda_rows()}
-    for row in resources.cuda_rows():
-        kernels[row.kernel, row.variant].add(row.target)
-    assert kernels and all(targets == {"sm_80", "sm_90", "sm_100"} for targets in kernels.values()), kernels
-    registered = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    assert registered >= {op.triton for op in OPS.values() if op.triton}
+    targets = collections.defaultdict(set)
+    for row in rows:
+        if row.source.startswith("cuda/"):
+            targets[row.source, row.kernel, row.variant].add(row.target)
+    assert targets and all(found == {"sm_80", "sm_90", "sm_100"} for found in targets.values()), targets
+    assert {source for source, *_ in targets} == {f"cuda/{op.triton}" for op in OPS.values() if op.triton}
 
 
 def test_no_spills_and_shared_memory_within_limits(rows):

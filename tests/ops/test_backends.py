@@ -30,7 +30,7 @@ print(_op.backends()["cpp"])
 
 def run(script=SCRIPT, path=PACKAGE.parent, **environment):
     """Run a script in a process of its own, on the package under `path`."""
-    env = {k: v for k, v in os.environ.items() if k != "BKDFAST_BACKEND"}
+    env = {k: v for k, v in os.environ.items() if k not in ("BKDFAST_BACKEND", "BKDFAST_CPU")}
     env |= environment | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd="/")
 
@@ -139,3 +139,29 @@ def test_a_broken_library_does_not_break_the_import(bare):
         assert done.stdout.startswith("_C.so does not load:")
     finally:
         broken.unlink()
+
+
+ISA_SCRIPT = """
+import torch
+from bkdfast.ops._library import EXTENSION
+from bkdfast.ops.delta_sketch import delta_sketch
+sketch = delta_sketch(torch.zeros(3, 2), torch.ones(3, 2), torch.eye(2), backend="cpp")
+print(sketch.changed.item(), EXTENSION.cpu_isa())
+"""
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "scalar"])
+def test_the_instruction_set_can_be_capped(level):
+    needs_cpp()
+    done = run(ISA_SCRIPT, BKDFAST_CPU=level)
+    if done.returncode and "the best this CPU has is" in done.stderr:
+        pytest.skip(f"this CPU has no {level}")
+    assert done.stdout == f"6 {level}\n", done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error_at_the_first_op():
+    needs_cpp()
+    done = run(ISA_SCRIPT, BKDFAST_CPU="avx9")
+    assert done.returncode and "BKDFAST_CPU='avx9' is not one of avx512, avx2, scalar" in done.stderr
+    importing = run("import bkdfast.doctor; print(bkdfast.doctor.report())", BKDFAST_CPU="avx9")
+    assert importing.returncode == 0 and "BKDFAST_CPU='avx9' is not one of" in importing.stdout

@@ -1,4 +1,4 @@
-"""`delta_sketch` against float64, over shapes, strides and dtypes."""
+"""`delta_sketch` against float64, over backends, shapes, strides and dtypes."""
 
 import pytest
 import torch
@@ -8,9 +8,19 @@ from bkdfast.ops import delta_sketch as module
 from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SHAPES = [(7, 5, 3), (64, 48, 16), (33, 129, 1), (1, 9, 2), (9, 1, 2), (300, 17, 8)]
-DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP64, FP64), (BF16, FP32), (FP16, BF16), (FP64, FP32)]
+# A row tile, a panel and a column block, each one short, whole and one over; k over and under a tile.
+SHAPES = [(7, 5, 3), (64, 48, 16), (33, 129, 1), (1, 9, 2), (9, 1, 2), (300, 17, 8), (24, 512, 4), (25, 513, 5)]
+SHAPES += [(23, 511, 19), (500, 97, 7), (31, 1100, 33)]
+DTYPES = [(a, b) for a in (BF16, FP16, FP32, FP64) for b in (BF16, FP16, FP32, FP64)]
 EMPTY = [(0, 5, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)]
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    state = module.OP.backends()[request.param]
+    if state != "available":
+        pytest.skip(state)
+    return request.param
 
 
 def make(m, n, k, dtypes=(FP32, FP32), seed=0):
@@ -41,81 +51,135 @@ def check(w0, w1, x, **kwargs):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, dtypes):
-    got = check(*make(*shape, dtypes))
+def test_matches_float64(shape, dtypes, backend):
+    got = check(*make(*shape, dtypes), backend=backend)
     assert got.changed > 0
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_backends_agree_with_float64(backend):
-    check(*make(40, 30, 4), backend=backend)
+def test_the_kernel_serves_by_itself(monkeypatch):
+    if module.OP.backends()["cpp"] != "available":
+        pytest.skip(module.OP.backends()["cpp"])
+    args = make(40, 30, 4)
+    for got, want in zip(delta_sketch(*args), delta_sketch(*args, backend="cpp"), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
-def test_empty(shape):
-    got = check(*make(*shape))
+def test_empty(shape, backend):
+    got = check(*make(*shape), backend=backend)
     assert got.y.shape == (shape[0], shape[2]) and got.z.shape == (shape[1], shape[2])
 
 
 def test_panels_cover_every_row(monkeypatch):
     monkeypatch.setattr(module, "_PANEL", 64)
-    check(*make(37, 13, 5))  # panels of 4 rows, the last one of 1
-    check(*make(3, 200, 5))  # a row longer than a panel
+    check(*make(37, 13, 5), backend="reference")  # panels of 4 rows, the last one of 1
+    check(*make(3, 200, 5), backend="reference")  # a row longer than a panel
 
 
-def test_strides():
-    w0, w1, _ = make(24, 18, 1)
-    x = torch.randn(24, 6)[:, ::2]
-    check(w0.T, w1.T, x)
-    check(w0.T, w1.T.contiguous(), x)
-    check(w0[::2, 3:], w1[::2, 3:], torch.randn(15, 2))
-    check(w0[:1].expand(5, 18), w1[:5], torch.randn(18, 2))
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (FP16, FP64), (FP64, FP64)], ids=str)
+def test_strides(dtypes, backend):
+    w0, w1, _ = make(24, 18, 1, dtypes)
+    x = torch.randn(24, 6, dtype=sketch_dtype(w0, w1))[:, ::2]
+    check(w0.T, w1.T, x, backend=backend)
+    check(w0.T, w1.T.contiguous(), x, backend=backend)
+    check(w0.T, w1.T, x.T.contiguous().T, backend=backend)
+    wide = torch.randn(15, 2, dtype=x.dtype)
+    check(w0[::2, 3:], w1[::2, 3:], wide, backend=backend)
+    check(w0[::2, 3:], w1.T.contiguous().T[::2, 3:], wide, backend=backend)
+    check(w0[:1].expand(5, 18), w1[:5], torch.randn(18, 2, dtype=x.dtype), backend=backend)
+    check(w0[:, :1].expand(24, 18), w1, torch.randn(18, 2, dtype=x.dtype), backend=backend)
 
 
-def test_no_change_is_exactly_zero():
+@pytest.mark.parametrize("shape", [(70, 600, 9), (600, 70, 17)], ids=str)
+def test_transposed_views_of_several_panels_and_blocks(shape, backend):
+    m, n, k = shape
+    w0, w1, _ = make(n, m, 1, (BF16, BF16))
+    check(w0.T, w1.T, torch.randn(n, k), backend=backend)
+
+
+def test_offsets_beyond_32_bits(backend):
+    rows = torch.empty(5 * 2**30 + 64, dtype=torch.int8).view(BF16)  # never touched but at the rows
+    w0 = rows.as_strided((3, 20), (2**30, 1))
+    w0.copy_(torch.randn(3, 20))
+    _, w1, x = make(3, 20, 4)
+    check(w0, w1, x, backend=backend)
+    columns = rows.as_strided((3, 3), (1, 2**30))
+    columns.copy_(torch.randn(3, 3))
+    check(columns, w1[:, :3], x[:3], backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(1000, 300, 16), (700, 1200, 5), (26, 2000, 24)], ids=str)
+def test_the_number_of_threads_does_not_change_a_bit(shape):
+    if module.OP.backends()["cpp"] != "available":
+        pytest.skip(module.OP.backends()["cpp"])
+    args = make(*shape, (BF16, BF16))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(delta_sketch(*args, backend="cpp"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_no_change_is_exactly_zero(backend):
     w0, _, x = make(20, 10, 4, (BF16, BF16))
-    got = delta_sketch(w0, w0.float(), x)  # the same values in another dtype
+    got = delta_sketch(w0, w0.float(), x, backend=backend)  # the same values in another dtype
     assert got.changed == 0 and got.frobenius_sq == 0 and not got.y.any() and not got.z.any()
-    assert delta_sketch(torch.zeros(2, 2), -torch.zeros(2, 2), torch.eye(2)).changed == 0
+    assert delta_sketch(torch.zeros(2, 2), -torch.zeros(2, 2), torch.eye(2), backend=backend).changed == 0
 
 
-def test_one_changed_entry_is_found():
-    w0, _, x = make(1000, 333, 2)
+@pytest.mark.parametrize("row, column", [(0, 0), (999, 332), (23, 511), (24, 512), (998, 599), (5, 15)])
+def test_one_changed_entry_is_found(row, column, backend):
+    w0, _, x = make(1000, 600, 2)
     w1 = w0.clone()
-    w1[999, 332] += 1
-    got = check(w0, w1, x)
-    assert got.changed == 1 and got.y[:999].abs().max() == 0 and got.y[999].abs().max() > 0
+    w1[row, column] += 1
+    got = check(w0, w1, x, backend=backend)
+    assert got.changed == 1 and (got.y != 0).any(1).nonzero().tolist() == [[row]]
+    assert (got.z != 0).any(1).nonzero().tolist() == [[column]]
 
 
-def test_squares_of_tiny_deltas_do_not_vanish():
+def test_squares_of_tiny_deltas_do_not_vanish(backend):
     w1 = torch.full((10, 10), 1e-25)
-    got = delta_sketch(torch.zeros(10, 10), w1, torch.eye(10))
+    got = delta_sketch(torch.zeros(10, 10), w1, torch.eye(10), backend=backend)
     assert got.frobenius_sq.item() == pytest.approx(1e-48, rel=1e-6)
 
 
-def test_double_minus_single_is_taken_in_double():
+def test_double_minus_single_is_taken_in_double(backend):
     w0 = torch.ones(4, 4)
     w1 = torch.full((4, 4), 1 + 1e-10, dtype=FP64)
-    got = delta_sketch(w0, w1, torch.eye(4))
+    got = delta_sketch(w0, w1, torch.eye(4), backend=backend)
     assert got.changed == 16 and got.frobenius_sq.item() == pytest.approx(16e-20, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["base", "tuned", "both"])
-def test_non_finite_shows_in_the_norm(value, side):
-    w0, w1, x = make(30, 20, 3)
+def test_non_finite_shows_in_the_norm(value, side, dtype, backend):
+    w0, w1, x = make(30, 20, 3, (dtype, dtype))
     for name, weight in (("base", w0), ("tuned", w1)):
         if side in (name, "both"):
             weight[4, 5] = value
-    got = delta_sketch(w0, w1, x)
+    got = delta_sketch(w0, w1, x, backend=backend)
     assert not torch.isfinite(got.frobenius_sq)
-    assert not torch.isfinite(got.y[4]).any() and torch.isfinite(got.y[:4]).all()
+    assert not torch.isfinite(got.y[4]).any() and torch.isfinite(got.y[:4]).all() and torch.isfinite(got.y[5:]).all()
+    assert not torch.isfinite(got.z[5]).any()
+    assert got.changed == (w0 != w1).sum()
 
 
-def test_input_is_not_changed():
+def test_fp16_and_bf16_values_survive_the_widening(backend):
+    """Every finite 16-bit value, subnormals too, against zero: Y with X = 1 is the value itself."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (BF16, FP16):
+        values = bits.view(dtype)
+        values = values[torch.isfinite(values)].view(-1, 1)
+        got = delta_sketch(torch.zeros_like(values), values, torch.ones(1, 1), backend=backend)
+        assert torch.equal(got.y, values.float())
+
+
+def test_input_is_not_changed(backend):
     w0, w1, x = make(30, 20, 3)
     before = [t.clone() for t in (w0, w1, x)]
-    delta_sketch(w0, w1, x)
+    delta_sketch(w0, w1, x, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, (w0, w1, x), strict=True))
 
 
