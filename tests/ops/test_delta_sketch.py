@@ -98,14 +98,16 @@ def test_transposed_views_of_several_panels_and_blocks(shape, backend):
 
 
 def test_offsets_beyond_32_bits(backend):
-    rows = torch.empty(5 * 2**30 + 64, dtype=torch.int8).view(BF16)  # never touched but at the rows
-    w0 = rows.as_strided((3, 20), (2**30, 1))
-    w0.copy_(torch.randn(3, 20))
-    _, w1, x = make(3, 20, 4)
+    """Rows, and then columns, so far apart that those of a second panel or block are 2**31 elements on."""
+    memory = torch.empty(2_600_000_000, dtype=BF16)  # never touched but at the entries
+    _, w1, x = make(26, 20, 4)
+    w0 = memory.as_strided((26, 20), (91_000_000, 1))
+    w0.copy_(torch.randn(26, 20))
     check(w0, w1, x, backend=backend)
-    columns = rows.as_strided((3, 3), (1, 2**30))
-    columns.copy_(torch.randn(3, 3))
-    check(columns, w1[:, :3], x[:3], backend=backend)
+    _, w1, x = make(3, 520, 4)
+    w0 = memory.as_strided((3, 520), (1, 4_700_000))
+    w0.copy_(torch.randn(3, 520))
+    check(w0, w1, x, backend=backend)
 
 
 @pytest.mark.parametrize("shape", [(1000, 300, 16), (700, 1200, 5), (26, 2000, 24)], ids=str)
