@@ -141,6 +141,9 @@ def cosine_monitor(
         >>> state.high, state.first
         (tensor([[[0.6000, 0.8000]]]), tensor([[5]], dtype=torch.int32))
     """
-    OP.resolve(backend, x.device)(
-        x.detach(), state.directions, tokens, state.ranges, state.extremes, state.counts, layer
-    )
+    arguments = (x.detach(), state.directions, tokens, state.ranges, state.extremes, state.counts, layer)
+    try:
+        OP.resolve(backend, x.device)(*arguments)
+    except RuntimeError:
+        check(*arguments)  # what a compiled kernel refuses, in our exceptions
+        raise

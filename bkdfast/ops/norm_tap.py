@@ -172,7 +172,12 @@ def norm_tap(
     """
     _refuse_gradient(x, weight, bias)
     step = x.new_empty(0, 0, 0) if step is None else step
-    return TAP.resolve(backend, x.device)(x, weight, bias, eps, kind, step, layer)
+    arguments = (x, weight, bias, eps, kind, step, layer)
+    try:
+        return TAP.resolve(backend, x.device)(*arguments)
+    except RuntimeError:
+        _tap_check(*arguments)  # what a compiled kernel refuses, in our exceptions
+        raise
 
 
 def norm_monitor(
@@ -209,9 +214,14 @@ def norm_monitor(
         BackendError: the backend cannot serve here.
     """
     _refuse_gradient(x, weight, bias)
-    return MONITOR.resolve(backend, x.device)(
-        x, weight, bias, eps, kind, state.directions, tokens, state.ranges, state.extremes, state.counts, layer
-    )
+    norm = (x, weight, bias, eps, kind)
+    monitor = (state.directions, tokens, state.ranges, state.extremes, state.counts, layer)
+    try:
+        return MONITOR.resolve(backend, x.device)(*norm, *monitor)
+    except RuntimeError:
+        _check_norm(*norm)  # what a compiled kernel refuses, in our exceptions
+        _cosine.check(x, *monitor)
+        raise
 
 
 def _refuse_gradient(*tensors: torch.Tensor | None) -> None:
