@@ -33,11 +33,12 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """One op of the library: `Op(schema, fake=..., reference=...)`.
+    """One op of the library: `Op(schema, check=..., reference=...)`.
 
     Args:
         schema: the op's schema without namespace, e.g. `"scale(Tensor(a!) x, float by) -> ()"`.
-        fake: same signature; checks shapes and returns fake outputs (nothing for an op that only mutates).
+        check: same signature; refuses shapes, dtypes and devices that do not fit.
+        fake: same signature; returns fake outputs (None: the op only mutates). It runs after `check`.
         reference: same signature in plain PyTorch; it is the op's meaning.
         triton: module of `bkdfast.triton_kernels` whose `launch` or, for the second op of a file, `launch_<name>` has
             the same signature; None: the op has no Triton kernel.
@@ -48,12 +49,14 @@ class Op:
         self,
         schema: str,
         *,
-        fake: Callable,
+        check: Callable,
         reference: Callable,
+        fake: Callable | None = None,
         triton: str | None = None,
         composite: bool = False,
     ) -> None:
         self.name = schema.split("(", 1)[0]
+        self.check = check
         self.reference = reference
         self.triton = triton
         self.composite = composite
@@ -63,7 +66,12 @@ class Op:
         self._compiled = {device: self._has_kernel(device) for device in ("CPU", "CUDA")}
         if triton and _why_no_triton() is None and (FORCED == "triton" or not self._compiled["CUDA"]):
             _LIBRARY.impl(self.name, self._launch, "CUDA", allow_override=True)
-        torch.library.register_fake(f"bkdfast::{self.name}", fake, lib=_LIBRARY)
+
+        def checked_fake(*arguments):
+            check(*arguments)
+            return fake(*arguments) if fake else None
+
+        torch.library.register_fake(f"bkdfast::{self.name}", checked_fake, lib=_LIBRARY)
         self.dispatched = getattr(torch.ops.bkdfast, self.name).default
         OPS[self.name] = self
 
@@ -146,6 +154,7 @@ class Op:
         return module.launch if self.name == self.triton else getattr(module, f"launch_{self.name}")
 
     def _launch(self, *arguments):
+        self.check(*arguments)  # a kernel would read out of bounds
         return self._launcher(*arguments)
 
 

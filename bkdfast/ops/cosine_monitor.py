@@ -73,10 +73,6 @@ def check(x, directions, tokens, ranges, extremes, counts, layer) -> None:
             raise InvalidArgumentError(f"{name} is on {tensor.device} but x is on {x.device}; move it there")
 
 
-def _fake(x, directions, tokens, ranges, extremes, counts, layer) -> None:
-    check(x, directions, tokens, ranges, extremes, counts, layer)
-
-
 def _reference(x, directions, tokens, ranges, extremes, counts, layer) -> None:
     check(x, directions, tokens, ranges, extremes, counts, layer)
     x = (x if x.dim() == 3 else x[None]).float()  # [M, N, D]
@@ -110,7 +106,7 @@ def _reference(x, directions, tokens, ranges, extremes, counts, layer) -> None:
 OP = Op(
     "cosine_monitor(Tensor x, Tensor directions, Tensor tokens, Tensor ranges, "
     "Tensor(a!) extremes, Tensor(b!) counts, int layer) -> ()",
-    fake=_fake,
+    check=check,
     reference=_reference,
     triton="cosine_monitor",
 )

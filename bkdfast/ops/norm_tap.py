@@ -94,7 +94,6 @@ def _tap_check(x, weight, bias, eps, kind, step, layer) -> None:
 
 
 def _tap_fake(x, weight, bias, eps, kind, step, layer) -> torch.Tensor:
-    _tap_check(x, weight, bias, eps, kind, step, layer)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -107,15 +106,19 @@ def _tap_reference(x, weight, bias, eps, kind, step, layer) -> torch.Tensor:
 
 TAP = Op(
     "norm_tap(Tensor x, Tensor weight, Tensor? bias, float eps, int kind, Tensor(a!) step, int layer) -> Tensor",
+    check=_tap_check,
     fake=_tap_fake,
     reference=_tap_reference,
     triton="norm_tap",
 )
 
 
-def _monitor_fake(x, weight, bias, eps, kind, directions, tokens, ranges, extremes, counts, layer) -> torch.Tensor:
+def _monitor_check(x, weight, bias, eps, kind, directions, tokens, ranges, extremes, counts, layer) -> None:
     _check_norm(x, weight, bias, eps, kind)
     _cosine.check(x, directions, tokens, ranges, extremes, counts, layer)
+
+
+def _monitor_fake(x, weight, bias, eps, kind, directions, tokens, ranges, extremes, counts, layer) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -128,6 +131,7 @@ def _monitor_reference(x, weight, bias, eps, kind, directions, tokens, ranges, e
 MONITOR = Op(
     "norm_monitor(Tensor x, Tensor weight, Tensor? bias, float eps, int kind, Tensor directions, Tensor tokens, "
     "Tensor ranges, Tensor(a!) extremes, Tensor(b!) counts, int layer) -> Tensor",
+    check=_monitor_check,
     fake=_monitor_fake,
     reference=_monitor_reference,
     triton="norm_tap",
@@ -219,8 +223,7 @@ def norm_monitor(
     try:
         return MONITOR.resolve(backend, x.device)(*norm, *monitor)
     except RuntimeError:
-        _check_norm(*norm)  # what a compiled kernel refuses, in our exceptions
-        _cosine.check(x, *monitor)
+        _monitor_check(*norm, *monitor)  # what a compiled kernel refuses, in our exceptions
         raise
 
 

@@ -54,10 +54,6 @@ def _check(z, table, coefficients, source, offset) -> None:
             raise InvalidArgumentError(f"{name} is on {tensor.device} but z is on {z.device}; move it there")
 
 
-def _fake(z, table, coefficients, source, offset) -> None:
-    _check(z, table, coefficients, source, offset)
-
-
 def _reference(z, table, coefficients, source, offset) -> None:
     _check(z, table, coefficients, source, offset)
     if any(step == 0 and size > 1 for step, size in zip(z.stride(), z.shape, strict=True)):
@@ -94,7 +90,7 @@ def _reference(z, table, coefficients, source, offset) -> None:
 
 _op = Op(
     "patch_heads(Tensor(a!) z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) -> ()",
-    fake=_fake,
+    check=_check,
     reference=_reference,
     triton="patch_heads",
 )
@@ -107,12 +103,12 @@ def _functional_reference(z, table, coefficients, source, offset):
 
 
 def _functional_fake(z, table, coefficients, source, offset):
-    _check(z, table, coefficients, source, offset)
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 _functional = Op(
     "patch_heads_functional(Tensor z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) -> Tensor",
+    check=_check,
     fake=_functional_fake,
     reference=_functional_reference,
     composite=True,

@@ -86,11 +86,22 @@ def _compile(which: tuple[str, int]) -> list[Row]:
 
     module, index = which
     name, function, signature, constexprs, warps, stages = list(_module(module).aot_variants())[index]
+    signature = {
+        argument: "constexpr" if argument in constexprs else signature[argument] for argument in function.arg_names
+    }
+    # What the launcher specialises: data is aligned, and so are the rows.
+    aligned = [i for i, kind in enumerate(signature.values()) if kind[0] == "*" or kind.endswith(":16")]
+    signature = {argument: kind.removesuffix(":16") for argument, kind in signature.items()}
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(function.arg_names.index(name),): value for name, value in constexprs.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
     rows = []
     for target in TARGETS:
         amd = target.startswith("gfx")
         gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-        source = ASTSource(fn=function, signature=signature, constexprs=constexprs)
         built = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
         if amd:
             text = built.asm["amdgcn"]
@@ -130,7 +141,9 @@ def cuda_rows() -> list[Row]:
         kernel, _, variant = short[name].partition("<")
         assert name in threads, f"{short[name]} has no __launch_bounds__"
         count = int(threads[name])
-        source = re.search(r"_\d+_(\w+?)_cu_", name)  # the compiler's name for the file's anonymous namespace
+        source = re.search(
+            r"__[0-9a-f]+_\d+_(\w+?)_cu_", name
+        )  # the compiler's name for the file's anonymous namespace
         assert source, f"{short[name]} is not in an anonymous namespace"
         rows.append(
             Row(f"cuda/{source.group(1)}", kernel, variant.removesuffix(">"), target, registers, stack, shared, count,
