@@ -1,17 +1,15 @@
-// One kernel source, compiled for AVX-512, AVX2 and portable C++; the machine that runs it chooses.
+// One kernel source, compiled for AVX-512, AVX2 and portable C++; the machine that runs it chooses (BKDFAST_CPU caps).
 //
-//   #include "../common/isa.h"                              // after every std and torch header the kernel needs
-//   #define BKDFAST_KERNEL "../cpu/my_op_kernel.h"          // path as seen from csrc/common
-//   #include "../common/for_each_isa.h"                     // my_op_kernel.h, once in each of avx512::, avx2::,
-//   scalar::
-//   ...
-//   const auto kernel = BKDFAST_CHOOSE(my_kernel);          // &avx512::my_kernel or ...; throws on a bad BKDFAST_CPU,
-//   torch::stable::parallel_for(..., [&] { kernel(...); }); // so choose before the threads
+//   #include "../common/isa.h"                         // after every std and torch header the kernel needs
+//   #define BKDFAST_KERNEL "../cpu/my_op_kernel.h"     // path as seen from csrc/common
+//   #include "../common/for_each_isa.h"                // includes it once in each of avx512::, avx2::, scalar::
+//   const auto kernel = BKDFAST_CHOOSE(my_kernel);     // &avx512::my_kernel or ...; throws on a bad BKDFAST_CPU:
+//   torch::stable::parallel_for(..., [&] { kernel(...); });  // choose before the threads
 //
-// my_op_kernel.h: no include guard, no #include, no std:: container, no lambda; functions and templates over Vec<float>
-// and Vec<double> (vec.h), types shared with the caller declared before for_each_isa.h. What std:: and c10:: inline
-// functions it calls is generic x86-64 code, inlined; nothing compiled for one level is visible to another (anonymous
-// namespace).
+// my_op_kernel.h: no include guard, no #include, no lambda, no std:: container, no implicit constructor with
+// initialisers (GCC compiles those for the generic target). Functions and templates over Vec<float> and Vec<double>
+// (vec.h); types shared with the caller are declared before for_each_isa.h. All of it is in an anonymous namespace of
+// its level, so nothing compiled for one level can be linked in for another.
 
 #pragma once
 

@@ -167,7 +167,7 @@ void multiply(int rows, const Acc* delta, int64_t delta_stride, const Acc* x, in
     multiply_rows<Acc, 1>(delta + r * delta_stride, delta_stride, x, x_stride, count, y + r * k, k);
 }
 
-// z[c, j] (+)= sum_r y[r, c] delta[r, j] for V_ vectors of j.
+// z[c, j] (+)= sum_r y[r, c] delta[r, j] for N vectors of j.
 template <typename Acc, int N, int C>
 void accumulate_tile(const Acc* delta, int64_t delta_stride, int64_t rows, const Acc* y, int64_t y_stride, Acc* z,
                      int64_t z_stride, bool fresh) {
@@ -259,7 +259,8 @@ void sketch_rows(const Job<Acc>& job, int64_t begin, int64_t end, const Scratch<
         multiply(tile, delta, job.delta_stride, x, kBlock, padded, y + row * job.k, job.k);
       }
     }
-    accumulate(scratch.delta, job.delta_stride, rows, job.z_stride, y, job.k, z, job.z_stride, panel == begin);
+    accumulate(scratch.delta, job.delta_stride, rows, (job.n + kPad - 1) / kPad * kPad, y, job.k, z, job.z_stride,
+               panel == begin);
   }
 }
 

@@ -140,17 +140,30 @@ def test_one_changed_entry_is_found(row, column, backend):
     assert (got.z != 0).any(1).nonzero().tolist() == [[column]]
 
 
-def test_squares_of_tiny_deltas_do_not_vanish(backend):
-    w1 = torch.full((10, 10), 1e-25)
-    got = delta_sketch(torch.zeros(10, 10), w1, torch.eye(10), backend=backend)
-    assert got.frobenius_sq.item() == pytest.approx(1e-48, rel=1e-6)
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (FP32, FP64), (BF16, BF16), (FP64, FP64)], ids=str)
+def test_squares_of_tiny_deltas_do_not_vanish(dtypes, backend):
+    w0, w1 = torch.zeros(10, 10, dtype=dtypes[0]), torch.full((10, 10), 1e-25, dtype=dtypes[1])
+    got = delta_sketch(w0, w1, torch.eye(10, dtype=sketch_dtype(w0, w1)), backend=backend)
+    assert got.frobenius_sq.item() == pytest.approx(100 * w1[0, 0].item() ** 2, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_what_a_call_leaves_in_memory_does_not_reach_the_next(dtype, backend):
+    """Padding behind the last column is multiplied too: it must be zeros, not the NaN of an earlier call."""
+    poison = torch.full((9, 16), float("nan"), dtype=dtype)
+    x = torch.full((16, 3), float("nan"), dtype=sketch_dtype(poison, poison))
+    for columns in range(1, 16):
+        args = make(9, columns, 3, (dtype, dtype))
+        for _ in range(3):
+            delta_sketch(poison, poison, x, backend=backend)
+        assert all(result.isfinite().all() for result in delta_sketch(*args, backend=backend))
 
 
 def test_double_minus_single_is_taken_in_double(backend):
     w0 = torch.ones(4, 4)
     w1 = torch.full((4, 4), 1 + 1e-10, dtype=FP64)
     got = delta_sketch(w0, w1, torch.eye(4), backend=backend)
-    assert got.changed == 16 and got.frobenius_sq.item() == pytest.approx(16e-20, rel=1e-6)
+    assert got.changed == 16 and got.frobenius_sq.item() == pytest.approx(16e-20, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
