@@ -163,6 +163,7 @@ def make_extension(cuda_home):
     # Contraction off: a*z + b*s rounds as the reference does, on every machine.
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     arguments = {"sources": sources("cpu/*.cpp"), "extra_compile_args": {"cxx": flags}}
+    arguments["depends"] = sources("*/*.h") + sources("*/*.cuh")  # a change of these alone rebuilds too
     if cuda_home:
         # torch looks for the toolkit only when it is a CUDA build itself.
         cpp_extension.CUDA_HOME = str(cuda_home)

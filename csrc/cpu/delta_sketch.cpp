@@ -9,12 +9,19 @@
 // Sums: rows are cut into kGroups runs of whole panels, each with its own partial Z, added in their order. Neither
 // depends on the number of threads, nor does any bit of the result; it does depend on the instruction set.
 //
-// Floor: 4 m n k flops, the matrices read once. 4096 x 4096 bfloat16, k = 16, one thread of an EPYC with full AVX-512
-// (fp32 fma peak 240 GFLOP/s, one thread reads 45 GB/s): 8.4 to 9.0 ms, 120 to 128 GFLOP/s (k = 48: 172; k = 0: 2.7
-// ms). Plain PyTorch in its best panels (32 rows) 23 ms, torch.mm at 2048^3 95 GFLOP/s. Of it 1/3 forms the difference,
-// 2/3 multiply at 190. The same with AVX2 14 ms, portable 33 ms (slower than PyTorch, whose products are MKL's). Lost:
-// no fetch ahead 12.4 ms; fetching ahead inside the product 10.0; a fetch every 16 columns instead of every line +1.1;
-// blocks of 1024 columns +0.3 at k = 48, panels of 48 rows the same at best and 1.3 times slower for some k.
+// Floor: 4 m n k flops, the matrices read once. One thread of an EPYC with full AVX-512 (fp32 fma peak 240 GFLOP/s,
+// reads 45 GB/s), against plain PyTorch in its best panels (32 rows); torch.mm reaches 95 GFLOP/s there at 2048^3:
+//
+//   4096 x 4096 bfloat16, k = 16    8.7 ms, 124 GFLOP/s   PyTorch 23.5 ms    k = 0: 2.7 ms; AVX2: 14 ms; portable: 33
+//   ms
+//                         k = 72   27.4 ms, 176 GFLOP/s           61.9 ms
+//   4096 x 4096 float32,  k = 16   12.3 ms,  87 GFLOP/s           22.1 ms
+//   4096 x 11008 bfloat16, k = 16  25 ms,   113 GFLOP/s           53 ms
+//
+// At k = 16 a third forms the difference, the products run at 190 GFLOP/s. Transposed weights, which are gathered a
+// word at a time, take three times as long. Lost, of 8.7 ms: no fetch ahead 12.4; fetching ahead inside the
+// product 10.0; a fetch every 16 columns instead of every line 9.8. Panels of 48 rows are as good at best, and 1.3
+// times slower for some k.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
