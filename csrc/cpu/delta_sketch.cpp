@@ -12,16 +12,17 @@
 // Floor: 4 m n k flops, the matrices read once. One thread of an EPYC with full AVX-512 (fp32 fma peak 240 GFLOP/s,
 // reads 45 GB/s), against plain PyTorch in its best panels (32 rows); torch.mm reaches 95 GFLOP/s there at 2048^3:
 //
-//   4096 x 4096 bfloat16, k = 16    8.7 ms, 124 GFLOP/s   PyTorch 23.5 ms    k = 0: 2.7 ms; AVX2: 14 ms; portable: 33
-//   ms
+//   4096 x 4096 bfloat16, k = 16    8.4 to 9.4 ms, 114 to 128 GFLOP/s   PyTorch 23 ms
+//               the same with AVX2 14 ms, portable 33 to 40 ms; k = 0: 2.7 ms
 //                         k = 72   27.4 ms, 176 GFLOP/s           61.9 ms
 //   4096 x 4096 float32,  k = 16   12.3 ms,  87 GFLOP/s           22.1 ms
-//   4096 x 11008 bfloat16, k = 16  25 ms,   113 GFLOP/s           53 ms
+//   4096 x 11008 bfloat16, k = 16  22 to 25 ms, 113 to 130 GFLOP/s   53 ms
 //
 // At k = 16 a third forms the difference, the products run at 190 GFLOP/s. Transposed weights, which are gathered a
-// word at a time, take three times as long. Lost, of 8.7 ms: no fetch ahead 12.4; fetching ahead inside the
-// product 10.0; a fetch every 16 columns instead of every line 9.8. Panels of 48 rows are as good at best, and 1.3
-// times slower for some k.
+// word at a time, take three times as long.
+// Lost: no fetch ahead, 12.4 ms against 9.9; fetching ahead inside the product instead, the same at k = 16 and 1.2
+// times slower at k = 8; forming 16 columns a step with a fetch each, 10.2 against 9.1 for 32; panels of 48 rows, as
+// good at best and in some processes 1.3 times slower at k = 48.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
