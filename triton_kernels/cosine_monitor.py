@@ -216,4 +216,5 @@ def aot_variants() -> Iterator[tuple]:
         signature = SIGNATURE | INTEGERS | {"x": f"*{dtype}"}
         for n, k in ((4, 20), (16, 20), (4096, 20), (4096, 64)):
             constants = UNIT | _blocks(n, 4096, k)
-            yield f"{dtype}-n{n}-k{k}", cosine_monitor_kernel, signature, constants, 4, _stages(size)
+            kinds = signature | ({} if k % 16 else {"k": "i32:16"})
+            yield f"{dtype}-n{n}-k{k}", cosine_monitor_kernel, kinds, constants, 4, _stages(size)

@@ -162,8 +162,7 @@ def aot_variants() -> Iterator[tuple]:
 
     "i32:16" is an integer divisible by 16; inner strides are the constant 1: what the launcher specialises on.
     """
-    integers = dict.fromkeys(("m", "k"), "i32")
-    integers |= dict.fromkeys(("n", "stride_w0_m", "stride_w1_m", "stride_x_n"), "i32:16")
+    integers = {"m": "i32"} | dict.fromkeys(("n", "k", "stride_w0_m", "stride_w1_m", "stride_x_n"), "i32:16")
     unit = dict.fromkeys(("stride_w0_n", "stride_w1_n", "stride_x_k"), 1)
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     pairs = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "fp64"), ("fp64", "fp64")]

@@ -296,4 +296,5 @@ def aot_variants() -> Iterator[tuple]:
             for k in (20, 64):
                 form = {"EPS": 1e-6, "KIND": kind, "BIAS": kind == LAYER}
                 constants = _cosine.UNIT | form | _tile_blocks(4096, k)
-                yield f"monitor-{dtype}-kind{kind}-k{k}", norm_monitor_kernel, tiles, constants, 4, 3
+                kinds = tiles | ({} if k % 16 else {"k": "i32:16"})
+                yield f"monitor-{dtype}-kind{kind}-k{k}", norm_monitor_kernel, kinds, constants, 4, 3
