@@ -34,8 +34,8 @@ def _cases(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Cas
     tokens = pack_tokens(segment, segments=REQUESTS, range_row=0, range_rows=1)
     name = f"N={count}, D={WIDTH} {str(dtype)[6:]}"
     moved = 2.0 * count * WIDTH * dtype.itemsize
-    # One unit in the last place of y, of size up to 8 here.
-    tolerance = (2.0**-5 if dtype == torch.bfloat16 else 1e-5, 0.0)
+    # Compiled, the module rounds once where it rounds twice: up to two units in the last place.
+    tolerance = (1e-5, 2.0**-6 if dtype == torch.bfloat16 else 1e-5)
 
     def alone(backend):
         return lambda: norm_tap(x, module.weight, eps=EPS, kind=RMS, backend=backend)

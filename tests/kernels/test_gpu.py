@@ -35,9 +35,7 @@ from tests.kernels.cases import (
     tokens,
 )
 
-if not torch.cuda.is_available():
-    pytest.skip("no GPU that torch can use", allow_module_level=True)
-
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 DTYPES = [FP32, FP16, BF16, FP64]
 EDIT, COSINE, TAP, MONITOR, SKETCH = patch_heads._op, cosine_monitor.OP, norm_tap.TAP, norm_tap.MONITOR, delta_sketch.OP
 _ids = {"ids": lambda value: str(value).replace("torch.", "")}
@@ -172,13 +170,13 @@ def run(op, arguments):
     return [*results, *(value for value in arguments if isinstance(value, torch.Tensor))]
 
 
-@pytest.mark.parametrize("name", every_op())
+@pytest.mark.parametrize("name", ["patch_heads", "cosine_monitor", "norm_tap", "norm_monitor", "delta_sketch"])
 def test_opcheck(name):
     op, arguments = every_op()[name]
     torch.library.opcheck(op.dispatched, tuple(arguments))
 
 
-@pytest.mark.parametrize("name", every_op())
+@pytest.mark.parametrize("name", ["patch_heads", "cosine_monitor", "norm_tap", "norm_monitor", "delta_sketch"])
 def test_compiles_into_one_graph(name, fresh_dynamo):
     op, arguments = every_op()[name]
     want = run(*every_op()[name])

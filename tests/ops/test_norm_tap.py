@@ -1,9 +1,5 @@
 """`norm_tap` and `norm_monitor` against the models' own modules, and against float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,18 +227,6 @@ def test_result_does_not_depend_on_threads(norm):
         results.append((norm_tap(x, **arguments), y, state.extremes, state.counts))
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(other, results[0], strict=True))
-
-
-@pytest.mark.parametrize("level", ["avx512", "avx2", "scalar"])
-def test_every_instruction_set(level):
-    if TAP.backends()["cpp"] != "available":
-        pytest.skip(TAP.backends()["cpp"])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "cpp and (own or strides or step or both) and not reference"]
-    done = subprocess.run(command, env={**os.environ, "BKDFAST_CPU": level}, capture_output=True, text=True)
-    if "but the best this CPU has" in done.stdout:
-        pytest.skip(f"this CPU has no {level}")
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("norm", ["RMS", "LAYER"])
