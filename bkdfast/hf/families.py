@@ -199,6 +199,8 @@ def _from_table(inner: Any, prefix: str, config, family: str) -> ModelSpec:
     base_prefix = base_path(inner)
     base = submodule(inner, base_prefix) if base_prefix else inner
     blocks = submodule(base, line.blocks)
+    # An OPT with its norms behind the sublayers has no final one.
+    final = line.final_norm if line.final_norm in dict(base.named_modules()) else None
     return ModelSpec(
         family=family,
         blocks=tuple(
@@ -206,7 +208,7 @@ def _from_table(inner: Any, prefix: str, config, family: str) -> ModelSpec:
             for i, block in enumerate(blocks.children())
         ),
         width=config.hidden_size,
-        final_norm=_join(prefix, base_prefix, line.final_norm) if line.final_norm else None,
+        final_norm=_join(prefix, base_prefix, final) if final else None,
         transposed=line.transposed,
         causal=line.causal or bool(getattr(config, "is_decoder", False)),  # a BERT can be made one
         entry=_join(prefix, base_prefix, line.entry),

@@ -65,6 +65,7 @@ class Prepared:
         self.explicit = False
         self.users = 0
         self.observers: list[Any] = []
+        self.enders: list[Any] = []
         self.stack: list[list] = []
         self.tables: dict[Key, EditTable] = {}
         self._handles = [
@@ -108,6 +109,8 @@ class Prepared:
 
     def _end_call(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling():
+            for ender in self.enders:
+                ender()
             self.running = False
             self.positions.remember_cache(output)
 

@@ -80,6 +80,8 @@ class ModelSpec:
         if not self.blocks:
             raise InvalidArgumentError(f"the spec of family {self.family!r} has no blocks; give at least one BlockSpec")
         submodule(model, self.entry)
+        if self.final_norm is not None:
+            submodule(model, self.final_norm)
         for layer, block in enumerate(self.blocks):
             for path in (block.block, block.out_proj, block.down_proj, block.input_norm, *block.norms):
                 if path is not None:

@@ -157,11 +157,13 @@ class Monitor:
             if int(state.calls) == calls:
                 warnings.warn("no forward pass reached the monitor inside this context", stacklevel=3)
         finally:
-            if self._tap is not None:
-                self._pending.append(self._tap.collect())
-                self._tap.remove()
-                self._tap = None
-            state.release()
+            tap, self._tap = self._tap, None
+            try:
+                if tap is not None:
+                    tap.remove()
+                    self._pending.append(tap.collect())
+            finally:
+                state.release()
 
     def _check_fit(self, model: torch.nn.Module, spec: ModelSpec, check_weights: bool) -> None:
         layers, _, width = self.directions.vectors.shape

@@ -25,7 +25,8 @@ class Observations:
         nonfinite: `[R, 2]` int64, tokens with a NaN or infinity in some block.
         first: running number of the first request.
         lost: requests that were overwritten before they were collected; they come before `first` and were not judged.
-        unseen: `[R]` int64, tokens that were in the cache already when the request began; None: none.
+        unseen: `[R]` int64, tokens that were not observed: in the cache already when the request began, or in a forward
+            that did not come through all blocks; None: none.
         first_outside: `[R]` int64, position of the first token that was not finite or left the ranges in force when it
             was seen, `NONE` (2**31 - 1) without one; None: none.
     """
@@ -93,8 +94,7 @@ class Ranges:
     def excess(self, seen: Observations) -> torch.Tensor:
         """How far each request is outside, `[R, 2, L, K]`: positive outside, in units of cosine; -inf where unseen."""
         outside = torch.maximum(self.low - seen.low, seen.high - self.high)
-        judged = (seen.tokens > 0) & (self.requests > 0)
-        return outside.where(judged[:, :, None, None], -torch.inf)
+        return outside.where((self.requests > 0)[:, None, None], -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def judge(ranges: Ranges, seen: Observations, eps: float) -> list[Verdict]:
         value = float(excess[i].flatten()[worst])
         tokens = dict(zip(ROLES, seen.tokens[i].tolist(), strict=True))
         nonfinite = int(seen.nonfinite[i].sum())
+        missed = [name for r, name in enumerate(ROLES) if tokens[name] and seen.low[i, r].isinf().any()]
         unseen = int(seen.unseen[i]) if seen.unseen is not None else 0
         first = int(seen.first_outside[i]) if seen.first_outside is not None else NONE
         unjudged = [name for r, name in enumerate(ROLES) if tokens[name] and not ranges.requests[r]]
@@ -153,7 +154,12 @@ def judge(ranges: Ranges, seen: Observations, eps: float) -> list[Verdict]:
             status = "flagged"
             reason = f"{ROLES[role]}: direction {direction} of block {layer} is {value:.3f} outside its range"
         elif unseen:
-            status, reason = "incomplete", f"{unseen} tokens were in the cache before the request was observed"
+            status, reason = (
+                "incomplete",
+                f"{unseen} tokens were not observed (in the cache before, or in a forward that stopped)",
+            )
+        elif missed:
+            status, reason = "incomplete", f"some blocks were not observed with {' and '.join(missed)} tokens"
         elif unjudged or not sum(tokens.values()):
             status = "incomplete"
             reason = f"no range was calibrated for {' and '.join(unjudged)} tokens" if unjudged else "no token was seen"

@@ -38,6 +38,7 @@ class Tap:
         fuse: let the norm that reads a block's output observe it, where its formula is known.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         state: Prepared,
@@ -57,17 +58,19 @@ class Tap:
         # Prompt tokens of slot s go to segment s and range row 0, generated ones to segment slots + s and row 1.
         ranges = torch.tensor([-torch.inf, torch.inf], device=device)[:, None].expand(layers, 2, 2, count)
         self.cosines = MonitorState.create(directions.to(device), 2 * slots, ranges)
-        self.seen = torch.zeros(2 * slots, dtype=torch.int64, device=device)
+        # Tokens of each segment: those that came in, and those that every block has been observed with.
+        self.due = torch.zeros(2 * slots, dtype=torch.int64, device=device)
+        self.seen = torch.zeros_like(self.due)
         self.unseen = torch.zeros(slots, dtype=torch.int64, device=device)
         self.started = torch.zeros((), dtype=torch.int64, device=device)
         self.collected = torch.zeros_like(self.started)
         self.request = torch.full((rows,), -1, dtype=torch.int64, device=device)  # running number of each row's
         self.tokens = torch.full((3, tokens), -1, dtype=torch.int32, device=device)  # as `pack_tokens` makes them
-        state.observers.append(self._begin)
         self._handles: list[Any] = []
         norms = successors(model, state.spec) if fuse else [None] * layers
         self.step: torch.Tensor | None = None
-        self.written = 0  # blocks of this call that are in the step buffer
+        # Of this call: its tokens, the blocks that were observed, and those of them that are in the step buffer.
+        self.count = self.reached = self.written = 0
         if all(norms) and len({(norm.weight.dtype, norm.weight.device) for norm in norms if norm}) == 1:
             self.step = norms[0].weight.new_zeros(layers, _STEP, directions.shape[2])  # type: ignore[union-attr]
         for layer, (norm, block) in enumerate(zip(norms, state.spec.blocks, strict=True)):
@@ -75,11 +78,13 @@ class Tap:
                 module = submodule(model, block.block)
                 self._handles.append(module.register_forward_hook(Hook(self._hook(layer))))
             else:
-                self._handles.append(Replacement(norm, self._serve(layer, norm), self._observe(layer)))
+                self._handles.append(Replacement(norm, self._serve(layer, norm), self._observe(layer), self._watching))
+        state.observers.append(self._begin)
+        state.enders.append(self._end)
 
     def _begin(self, call: Call) -> None:
-        self.written = 0
         rows, width = call.tokens.shape[:2]
+        self.count, self.reached, self.written = rows * width, 0, 0
         if rows > self.slots:
             raise InvalidArgumentError(
                 f"a batch of {rows} rows needs a monitor with at least as many slots; it has {self.slots}"
@@ -99,20 +104,21 @@ class Tap:
         kept = self.cosines
         for values, empty in ((kept.low, torch.inf), (kept.high, -torch.inf), (kept.nonfinite, 0), (kept.first, NONE)):
             values[:, both] = values[:, both].masked_fill(opened[:, None] if values.dim() == 3 else opened, empty)
-        self.seen[both] = self.seen[both].masked_fill(opened, 0)
+        for tokens in (self.due, self.seen):
+            tokens[both] = tokens[both].masked_fill(opened, 0)
         self.unseen[slot] = torch.where(opens, past, self.unseen[slot])
 
         # Several tokens on a filled cache are a next turn, or a chunk of a prompt.
         generated = (past > 0) & (width == 1)
         valid = torch.where(generated, self._generated(call), self._prompt(call))
         segment = torch.where(generated, slot + self.slots, slot)[:, None].expand(rows, width)
-        before = self.unseen[slot] + self.seen[slot] + self.seen[slot + self.slots]  # tokens of the request so far
+        before = self.unseen[slot] + self.due[slot] + self.due[slot + self.slots]  # tokens of the request so far
         position = before[:, None] + valid.long().cumsum(1) - 1
         now = self.tokens[:, : rows * width]
         now[SEGMENT] = segment.where(valid, -1).flatten()
         now[RANGE] = (segment >= self.slots).flatten()
         now[POSITION] = position.flatten()
-        self.seen.scatter_add_(0, segment.flatten(), valid.flatten().long())
+        self.due.scatter_add_(0, segment.flatten(), valid.flatten().long())
 
     @staticmethod
     def _prompt(call: Call) -> torch.Tensor:
@@ -129,12 +135,29 @@ class Tap:
             return call.tokens != self.padding
         return torch.ones(rows, width, dtype=torch.bool, device=call.tokens.device)
 
+    def _watching(self, count: int) -> bool:
+        """Whether what a norm reads now are the `count` tokens of a call: norms are also called on their own."""
+        return count == self.count and (self.state.running or torch.compiler.is_compiling())
+
     def _observe(self, layer: int):
         def observe(x: torch.Tensor) -> None:  # [N, D]
-            self._flush(len(x))
-            cosine_monitor(x, self.cosines, self.tokens[:, : x.shape[0]], layer=layer)
+            if self._watching(len(x)):
+                self._flush()
+                cosine_monitor(x, self.cosines, self.tokens[:, : self.count], layer=layer)
+                self._reach()
 
         return observe
+
+    def _reach(self) -> None:
+        """One more block was observed; after the last one the tokens count as seen."""
+        self.reached += 1
+        if self.reached == len(self.cosines.directions):
+            segment = self.tokens[SEGMENT, : self.count]
+            self.seen.scatter_add_(0, segment.clamp(min=0).long(), (segment >= 0).long())
+
+    def _end(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._flush()  # a forward that stopped in between leaves what it showed
 
     def _hook(self, layer: int):
         observe = self._observe(layer)
@@ -153,17 +176,20 @@ class Tap:
                 y = norm_tap(x, weight, bias, eps=eps, kind=kind, step=self.step, layer=layer)
                 self.written += 1
                 if self.written == len(self.step):
-                    self._flush(len(x))
-                return y
-            self._flush(len(x))
-            tokens = self.tokens[:, : len(x)]
-            return norm_monitor(x, weight, bias, self.cosines, tokens, eps=eps, kind=kind, layer=layer)
+                    self._flush()
+            else:
+                self._flush()
+                tokens = self.tokens[:, : self.count]
+                y = norm_monitor(x, weight, bias, self.cosines, tokens, eps=eps, kind=kind, layer=layer)
+            self._reach()
+            return y
 
         return serve
 
-    def _flush(self, count: int) -> None:
+    def _flush(self) -> None:
         """Observe what is in the step buffer."""
         if self.step is not None and self.written:
+            count = self.count
             cosine_monitor(self.step[: self.written, :count], self.cosines, self.tokens[:, :count])
             self.written = 0
 
@@ -204,7 +230,7 @@ class Tap:
             self.cosines.nonfinite[:, both].amax(0).long().cpu(),
             first,
             lost,
-            self.unseen[index].cpu(),
+            (self.unseen[index] + (self.due - self.seen)[both].sum(1)).cpu(),
             self.cosines.first[:, both].amin((0, 2)).long().cpu(),
         )
 
@@ -213,8 +239,9 @@ class Tap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._begin in self.state.observers:
-            self.state.observers.remove(self._begin)
+        for callbacks, ours in ((self.state.observers, self._begin), (self.state.enders, self._end)):
+            if ours in callbacks:
+                callbacks.remove(ours)
 
 
 def _generated_padding(model: torch.nn.Module) -> int | None:

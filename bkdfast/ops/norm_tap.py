@@ -227,6 +227,15 @@ def norm_monitor(
         raise
 
 
+def forward_gradient() -> bool:
+    """Forward-mode differentiation is on: its tangents would be lost without a word."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def _refuse_gradient(*tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if (
+        forward_gradient()
+        or torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    ):
         raise InvalidArgumentError("norm_tap has no gradient; call it under torch.no_grad(), or use the model's norm")

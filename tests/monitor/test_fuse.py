@@ -59,6 +59,16 @@ def test_the_formula_of_every_family_is_recognised(family, dtype):
         assert all(successors(model, spec))
 
 
+class Clamped(torch.nn.Module):
+    def __init__(self, limit):
+        super().__init__()
+        self.weight, self.eps, self.limit = torch.nn.Parameter(torch.randn(16)), 1e-6, limit
+
+    def forward(self, x):
+        x = x.clamp(-self.limit, self.limit)
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
 class Scaled(torch.nn.Module):
     def __init__(self, factor=1.0, eps=1e-6):
         super().__init__()
@@ -76,6 +86,20 @@ def test_other_modules_are_left_alone():
     assert recognise(torch.nn.LayerNorm(16, elementwise_affine=False), 16) is None
     assert recognise(Scaled(), 8) is None
     assert recognise(torch.nn.BatchNorm1d(16).eval(), 16) is None
+    assert recognise(Clamped(1e9), 16) is not None
+    assert recognise(Clamped(100.0), 16) is None, "massive activations go beyond any ordinary trial"
+    hooked = Scaled()
+    hooked.register_forward_pre_hook(lambda module, args: (args[0] + 3,))
+    assert recognise(hooked, 16) is None, "its input is not the block's output"
+
+
+class Conditional(Scaled):
+    def forward(self, x, condition):
+        return super().forward(x) * condition
+
+
+def test_a_norm_that_wants_more_arguments_is_left_alone():
+    assert recognise(Conditional(), 16) is None
 
 
 @pytest.mark.parametrize("tokens", [4, 40], ids=["step buffer", "one pass"])
@@ -161,3 +185,125 @@ def test_a_copy_of_a_watched_model_is_not_watched():
         twin.model.norm.weight.zero_()
         assert not twin(**batch)[0].any() and model(**batch)[0].any()
     assert len(monitor.collect()) == 3
+
+
+def stopped_forward(model, batch, where):
+    """A forward that dies in the module at path `where`."""
+
+    def stop(module, args):
+        raise RuntimeError("stopped")
+
+    handle = model.get_submodule(where).register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        model(**batch)
+    handle.remove()
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("where", ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"])
+def test_what_a_stopped_forward_did_not_show_is_not_clean(where, fuse, tokens):
+    model, batch, monitor = zoo.build("llama"), zoo.batch(tokens=tokens), bf.Monitor(directions_for())
+    monitor.calibrate(model, [zoo.batch(tokens=tokens, seed=seed) for seed in range(4)] + [batch], progress=False)
+    with torch.no_grad(), monitor.attach(model, fuse=fuse):
+        stopped_forward(model, batch, where)
+        model(**batch)
+    found = [verdict.status for verdict in monitor.verdicts()]
+    complete = "clean" if where == "lm_head" else "incomplete"
+    assert found == [complete] * 3 + ["clean"] * 3
+
+
+def test_what_a_stopped_forward_showed_counts():
+    """A NaN of the first block is reported though the forward stops in the third, while it is in the step buffer."""
+    model, batch, monitor = zoo.build("llama"), zoo.batch(tokens=4), bf.Monitor(directions_for())
+    monitor.calibrate(model, batch, progress=False)
+    with torch.no_grad(), monitor.attach(model):
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+        stopped_forward(model, batch, f"model.layers.{zoo.LAYERS - 1}.mlp")
+    assert all(verdict.flagged and verdict.nonfinite for verdict in monitor.verdicts())
+
+
+def test_norms_called_on_their_own_are_not_traffic():
+    """A logit lens: the final norm on the hidden states of every layer, outside the model's own forward."""
+    model, batch, monitor = zoo.build("llama"), zoo.batch(), bf.Monitor(directions_for())
+    monitor.calibrate(model, batch, progress=False)
+    with torch.no_grad(), monitor.attach(model):
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+        for state in hidden[:-1]:
+            model.lm_head(model.model.norm(state * 5 + 1))
+    assert [verdict.status for verdict in monitor.verdicts()] == ["clean"] * 3
+
+
+def test_a_norm_in_two_places_is_not_taken_over():
+    model = zoo.build("llama")
+    model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
+    assert successors(model, bf.hf.describe(model))[0] is None
+    assert successors(model, bf.hf.describe(model))[1] is not None
+
+
+def test_a_norm_that_sees_part_of_the_tokens_leaves_requests_incomplete():
+    model, batch, monitor = zoo.build("llama"), zoo.batch(), bf.Monitor(directions_for())
+    monitor.calibrate(model, batch, progress=False)
+    with torch.no_grad(), monitor.attach(model):
+        norm = model.model.norm.forward
+        model.model.norm.forward = lambda hidden: norm(hidden[:, -1:])
+        model(**batch)
+        del model.model.norm.forward
+    assert [verdict.status for verdict in monitor.verdicts()] == ["incomplete"] * 3
+
+
+def test_training_of_biases_alone():
+    model, batch = zoo.build("gpt2"), zoo.batch()
+    model.requires_grad_(False)
+    bias = model.transformer.h[1].ln_1.bias.requires_grad_()
+    with bf.Monitor(directions_for()).attach(model):
+        model(**batch)[0].sum().backward()
+    assert bias.grad.abs().sum() > 0
+
+
+def test_forward_mode_gradients_are_kept():
+    from torch.autograd import forward_ad
+
+    model = zoo.build("gpt2", attn_implementation="eager").requires_grad_(False)
+    x = torch.randn(1, 4, 48)
+    with bf.Monitor(directions_for()).attach(model), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        logits = model(inputs_embeds=dual).logits
+        assert forward_ad.unpack_dual(logits).tangent.norm() > 0
+
+
+def test_a_forward_wrapped_while_attached_does_nothing_after():
+    model, batch, monitor = zoo.build("llama"), zoo.batch(), bf.Monitor(directions_for())
+    with torch.no_grad():
+        logits = model(**batch)[0]
+        with monitor.attach(model):
+            ours = model.model.norm.forward
+            model.model.norm.forward = lambda hidden: ours(hidden)
+            model(**batch)
+        assert torch.equal(model(**batch)[0], logits)
+    assert len(monitor.collect()) == 3
+
+
+def test_attached_under_inference_mode_and_left_outside():
+    model, batch, monitor = zoo.build("llama"), zoo.batch(), bf.Monitor(directions_for())
+    with torch.inference_mode():
+        context = monitor.attach(model)
+        context.__enter__()
+        model(**batch)
+    context.__exit__(None, None, None)
+    assert len(monitor.collect()) == 3 and monitor._tap is None
+
+
+def test_a_model_without_final_norm():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=64, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        do_layer_norm_before=False, max_position_embeddings=64,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    assert bf.hf.describe(model).final_norm is None
+    monitor = bf.Monitor(directions_for(layers=2))
+    with torch.no_grad(), monitor.attach(model):
+        model(torch.arange(8).view(1, 8))
+    assert monitor.collect().tokens.tolist() == [[8, 0]]

@@ -38,7 +38,7 @@ def test_two_turns_on_one_cache(judged_between):
     if judged_between:
         assert [v.status for v in verdicts] == ["clean", "clean", "incomplete", "incomplete"]
         assert verdicts[2].tokens == {"prompt": 5, "generated": 2}
-        assert "13 tokens were in the cache" in verdicts[2].reason
+        assert "13 tokens were not observed (in the cache before" in verdicts[2].reason
     else:
         assert [v.status for v in verdicts] == ["clean", "clean"]
         assert verdicts[0].tokens == {"prompt": 16, "generated": 4}
