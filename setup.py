@@ -27,6 +27,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # The lowest torch whose stable ABI the library needs: one build serves 2.10 and later.
@@ -39,13 +40,15 @@ def why_no_extension():
     if os.environ.get("BKDFAST_NO_EXT") == "1":
         return "BKDFAST_NO_EXT=1 at build time"
     try:
-        import torch  # noqa: F401
+        import torch
         from torch.utils import cpp_extension  # noqa: F401
-    except ImportError:
+    except (ImportError, OSError):  # OSError: it is there, and its libraries do not load
         return (
             "torch could not be imported at build time; install torch, then "
             "`pip install --no-build-isolation .` (a plain `pip install .` builds without it)"
         )
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10, whose stable ABI the kernels need; upgrade torch"
     return why_no_compiler()
 
 
@@ -80,7 +83,9 @@ def find_cuda():
     version = re.search(r"release ([\d.]+)", said)
     if version is None:
         return without(f"{homes[0] / 'bin' / 'nvcc'} does not run")
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        knows_blackwell = tuple(map(int, version.group(1).split("."))) >= (12, 8)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
     facts = {"built": True, "nvcc": version.group(1), "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
     return homes[0], facts
 
@@ -97,11 +102,22 @@ def record(package=ROOT / "bkdfast", **facts):
         print(f"{bar}\n{text}\n{bar}", file=sys.stderr)
 
 
+def without_extension(**facts):
+    """The arguments of `setup` for a pure Python install: what is missing is recorded where the package is put."""
+
+    class BuildPy(build_py):
+        def run(self):
+            super().run()
+            record(ROOT / "bkdfast" if self.editable_mode else Path(self.build_lib) / "bkdfast", **facts)
+
+    return {"cmdclass": {"build_py": BuildPy}}
+
+
 def extension_arguments():
     reason = why_no_extension()
     if reason:
-        record(reason=reason)
-        return {}
+        missing = why_no_native()
+        return without_extension(reason=reason, native=missing is None, native_reason=missing)
     import torch
     from torch.utils import cpp_extension
 
@@ -118,7 +134,8 @@ def extension_arguments():
                         raise
                     cuda = {"built": False, "reason": f"compiling them failed ({why(error)})"}
                     print(f"bkdfast: the CUDA kernels are left out: {cuda['reason']}", file=sys.stderr)
-                    self.extensions = [make_extension(None)]
+                    # The same object: setuptools has noted things on it that a new one would lack.
+                    vars(self.extensions[0]).update(vars(make_extension(None)))
                     super().build_extensions()
             except Exception as error:  # noqa: BLE001
                 if REQUIRED:
@@ -126,11 +143,12 @@ def extension_arguments():
                 self.facts = {"reason": f"compiling failed ({why(error)})"}
                 self.extensions = []
             else:
-                compiler = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True)
+                command = [*os.environ.get("CXX", "c++").split(), "--version"]
+                said = subprocess.run(command, capture_output=True, text=True).stdout
                 self.facts = {
                     "extension": True,
                     "torch": torch.__version__,
-                    "compiler": compiler.stdout.splitlines()[0],
+                    "compiler": (said.splitlines() or ["unknown"])[0],
                     "cuda": cuda,
                 }
 
@@ -232,8 +250,7 @@ def note_native(folder, reason):
 def with_native(arguments):
     """The arguments of `setup`, with `bkdfast._native` beside the extension that may be in them."""
     missing = why_no_native()
-    if missing and not arguments:
-        note_native(ROOT / "bkdfast", missing)
+    if missing and "ext_modules" not in arguments:
         return arguments
 
     class BuildNative(arguments.get("cmdclass", {}).get("build_ext", build_ext)):
@@ -261,15 +278,17 @@ def with_native(arguments):
             return super().get_ext_filename(name)
 
         def run(self):
-            # What an earlier build left in build/ must not pass for what this one could not build.
-            for stale in (Path(self.build_lib) / "bkdfast").glob("_[Cn]*.so"):
-                stale.unlink()
-            super().run()
+            # What an earlier build left must not pass for what this one could not build.
             in_place = self.inplace or self.editable_mode
+            for folder in [Path(self.build_lib) / "bkdfast", *([ROOT / "bkdfast"] if in_place else [])]:
+                for stale in folder.glob("_[Cn]*.so"):
+                    stale.unlink()
+            super().run()
             note_native(ROOT / "bkdfast" if in_place else Path(self.build_lib) / "bkdfast", self.native_reason)
 
     extensions = [*arguments.get("ext_modules", []), *([] if missing else [make_native()])]
-    return {**arguments, "ext_modules": extensions, "cmdclass": {"build_ext": BuildNative}}
+    commands = {**arguments["cmdclass"], "build_ext": BuildNative}
+    return {**arguments, "ext_modules": extensions, "cmdclass": commands}
 
 
 setup(

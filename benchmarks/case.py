@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,10 +20,11 @@ class Case:
         ours: our versions by backend.
         plain: plain-PyTorch versions by a word on how; the fastest is what ours are compared with.
         outputs: runs a version on fresh state and returns what all versions must agree on.
-        tolerance: absolute and relative, of that comparison.
+        tolerance: absolute and relative, of that comparison; one pair for all outputs, or one for each.
         bytes: least bytes to move, counting reads and writes once.
         flops: least floating-point operations (a multiply-add is two).
         goal: the ratio that was aimed at, for the record; None: none.
+        rival: the plain version that people write, where that is not the fastest; tables name both.
     """
 
     op: str
@@ -31,11 +32,11 @@ class Case:
     ours: dict[str, Callable[[], object]]
     plain: dict[str, Callable[[], object]]
     outputs: Callable[[Callable[[], object]], Outputs]
-    tolerance: tuple[float, float] = (0.0, 0.0)
+    tolerance: tuple[float, float] | list[tuple[float, float]] = (0.0, 0.0)
     bytes: float = 0.0
     flops: float = 0.0
     goal: float | None = None
-    keep: list = field(default_factory=list)
+    rival: str | None = None
 
     @property
     def versions(self) -> dict[str, Callable[[], object]]:
@@ -56,8 +57,8 @@ class Case:
             if expected is None:
                 expected = tuple(tensor.clone() for tensor in found)
                 continue
-            atol, rtol = self.tolerance
-            for a, b in zip(found, expected, strict=True):
+            pairs = self.tolerance if isinstance(self.tolerance, list) else [self.tolerance] * len(found)
+            for a, b, (atol, rtol) in zip(found, expected, pairs, strict=True):
                 torch.testing.assert_close(
                     a, b, atol=atol, rtol=rtol, msg=lambda text, name=name: f"{self.op} {self.name}, {name}: {text}"
                 )

@@ -13,11 +13,15 @@ def load() -> tuple[ModuleType | None, str | None]:
     """(The module, None), or (None, why there is none); a missing or broken module never breaks the import."""
     if os.environ.get("BKDFAST_BACKEND") == "reference":
         return None, "BKDFAST_BACKEND=reference"
+    built = read_build_info()
+    reason = built.get("native_reason") or "reinstall with a C++ compiler and pybind11: pip install ."
+    missing = f"it was not built: {reason}"
+    if built.get("native") is False:  # whatever an earlier build left
+        return None, missing
     try:
         return importlib.import_module("bkdfast._native"), None
     except ModuleNotFoundError:
-        reason = read_build_info().get("native_reason")
-        return None, f"it was not built: {reason or 'reinstall with a C++ compiler and pybind11: pip install .'}"
+        return None, missing
     except ImportError as error:
         return None, f"it does not load: {error}"
 

@@ -56,7 +56,10 @@ def report() -> str:
 
 def _ops() -> list[str]:
     """One line an op, then each reason why a backend is out, with the ops it holds for."""
-    lines = [f"  {name:<24}{op.serving('cpu'):<12}{op.serving('cuda')}" for name, op in sorted(OPS.items())]
+    gpu = torch.cuda.is_available()
+    lines = [
+        f"  {name:<24}{op.serving('cpu'):<12}{op.serving('cuda') if gpu else '-'}" for name, op in sorted(OPS.items())
+    ]
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, op in sorted(OPS.items()):
         for backend, status in op.backends().items():
@@ -106,5 +109,7 @@ def _version(package: str) -> str:
 
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        return "none that torch can use" if torch.version.cuda else "none (this torch is a CPU build)"
+        return (
+            "none that torch can use" if torch.version.cuda or torch.version.hip else "none (this torch is a CPU build)"
+        )
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))

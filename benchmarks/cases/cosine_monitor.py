@@ -100,4 +100,5 @@ def case(
         bytes=layers * width * (count * dtype.itemsize + directions * 4),
         flops=2.0 * layers * count * directions * width,
         goal=goal,
+        rival="block by block",
     )

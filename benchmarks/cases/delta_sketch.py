@@ -1,4 +1,7 @@
-"""`delta_sketch` against the same two products in plain PyTorch. Floor: both matrices read once, 4 m n k flops."""
+"""`delta_sketch` against the same two products in plain PyTorch. Floor: both matrices read once, 4 m n k flops.
+
+Ours also counts the changed entries and sums the squares of the delta; the plain versions do not.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +53,10 @@ def _case(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, goal
     plain = {f"panels of {count} rows": panels(count) for count in rows}
     plain |= {"whole delta": whole, "whole delta, compiled": compiled(whole)}
 
+    scale = [tensor.norm() / tensor.numel() ** 0.5 for tensor in whole()]
+
     def outputs(version):
-        y, z = version()
-        # The plain versions round the delta to the weights' dtype; ours takes it in float32.
-        return y / y.norm(), z / z.norm()
+        return tuple(tensor / size for tensor, size in zip(version(), scale, strict=True))
 
     return Case(
         "delta_sketch",
@@ -61,7 +64,8 @@ def _case(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, goal
         {backend: ours(backend) for backend in backends(OP, device)},
         plain,
         outputs,
-        tolerance=(2e-4, 0.0),
+        # The plain versions round the delta to the weights' dtype; ours takes it in float32.
+        tolerance=(1e-3 if dtype == torch.float32 else 0.05, 0.0),
         bytes=2.0 * m * n * dtype.itemsize,
         flops=4.0 * m * n * k,
         goal=goal,

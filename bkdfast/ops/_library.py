@@ -8,7 +8,7 @@ The schema is defined here in Python, so an op exists when nothing is compiled. 
   CUDA kernel is, and imported at the first call.
 
 The dispatcher therefore picks the best one by itself; `Op.backends()` says which are there, and why the others are not.
-`BKDFAST_BACKEND` forces one for the whole process; `BKDFAST_CPU` caps the instruction set of the CPU kernels.
+`BKDFAST_BACKEND` forces one for the tensors it serves; `BKDFAST_CPU` chooses the instruction set of the CPU kernels.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Extension:
             self.reason = "BKDFAST_BACKEND=reference"
             return
         found = sorted(Path(__file__).resolve().parent.parent.glob("_C*.so"))
-        if not found:
+        if not found or _build_info().get("extension") is False:  # one that an earlier build left is not of this source
             self.reason = "the C++ extension was not built: " + _why_not_built()
         else:
             try:
@@ -188,10 +188,8 @@ class Extension:
 
     def why_no_cuda(self) -> str | None:
         """None when the library was built with its CUDA kernels."""
-        from bkdfast._build import read_build_info
-
-        cuda = read_build_info().get("cuda")
-        return None if cuda and cuda.get("built") else (cuda or {}).get("reason", "the CUDA kernels were not built")
+        cuda = _build_info().get("cuda") or {}
+        return None if cuda.get("built") else cuda.get("reason", "the CUDA kernels were not built")
 
     def cpu_isa(self) -> str | None:
         """What the CPU kernels use: `"avx512"`, `"avx2"` or `"scalar"`; None when nothing is loaded.
@@ -209,10 +207,14 @@ class Extension:
         return answer
 
 
-def _why_not_built() -> str:
+def _build_info() -> dict:
     from bkdfast._build import read_build_info
 
-    return read_build_info().get("reason") or "reinstall with a C++ compiler: pip install --no-build-isolation ."
+    return read_build_info()
+
+
+def _why_not_built() -> str:
+    return _build_info().get("reason") or "reinstall with a C++ compiler: pip install --no-build-isolation ."
 
 
 @functools.cache

@@ -55,7 +55,11 @@ def source(tmp_path):
 
 
 def install(source, tmp_path, **environment):
-    """Build a wheel as a user does and unpack it into a folder of its own; returns (folder, what pip said)."""
+    """Build a wheel as a user does and unpack it into a folder of its own; returns (folder, what pip said).
+
+    Without the CUDA kernels, which take minutes to compile, unless the environment says otherwise.
+    """
+    environment = {"BKDFAST_NO_CUDA": "1", **environment}
     pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps")
     said = run(*pip, "-w", tmp_path / "wheel", source, cwd=tmp_path, **environment)
     wheel = next((tmp_path / "wheel").glob("*.whl"))
@@ -120,6 +124,44 @@ def test_a_compile_error_leaves_a_working_install(source, tmp_path):
         cwd=tmp_path, ok=False, BKDFAST_REQUIRE_EXT="1",
     )  # fmt: skip
     assert "broken on purpose" in refused.stdout + refused.stderr
+
+
+@pytest.mark.slow
+def test_a_compile_error_of_the_cuda_kernels_leaves_the_others(source, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    for path in (source / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("#error broken on purpose\n")
+    site, said = install(source, tmp_path, BKDFAST_NO_CUDA="")
+    assert "the CUDA kernels are left out: compiling them failed" in said and "PURE PYTHON" not in said
+    found = look(site, tmp_path)
+    assert found["backends"]["cpp"] == "available" and "compiling them failed" in found["backends"]["cuda"]
+
+
+@pytest.mark.slow
+def test_a_wheel_with_the_cuda_kernels(source, tmp_path):
+    """One library with and without a GPU: it loads with this torch, and says what it was built for."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    site, said = install(source, tmp_path, BKDFAST_NO_CUDA="", TORCH_CUDA_ARCH_LIST="9.0")
+    found = look(site, tmp_path)
+    assert found["reason"] is None and "left out" not in said
+    assert json.loads((site / "bkdfast" / "_build.json").read_text())["cuda"]["architectures"] == "9.0"
+
+
+@pytest.mark.slow
+def test_a_build_elsewhere_leaves_the_facts_of_this_one(source, tmp_path):
+    """Building a wheel in a checkout must not touch what its editable install knows."""
+    facts = source / "bkdfast" / "_build.json"
+    facts.write_text('{"extension": true, "mine": 1}')
+    install(source, tmp_path, BKDFAST_NO_EXT="1")
+    assert json.loads(facts.read_text()) == {"extension": True, "mine": 1}
+
+
+@pytest.mark.slow
+def test_a_compiler_with_a_launcher(source, tmp_path):
+    site, said = install(source, tmp_path, CXX="env c++")
+    assert look(site, tmp_path)["reason"] is None and "PURE PYTHON" not in said
 
 
 @pytest.mark.slow

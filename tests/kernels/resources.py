@@ -49,7 +49,7 @@ def versions() -> str:
 
     from bkdfast._build import read_build_info
 
-    return f"# triton {triton.__version__}, nvcc {read_build_info().get('cuda', {}).get('nvcc', 'none')}"
+    return f"# triton {triton.__version__}, nvcc {(read_build_info().get('cuda') or {}).get('nvcc', 'none')}"
 
 
 def collect() -> list[Row]:

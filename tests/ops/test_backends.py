@@ -95,6 +95,16 @@ def test_environment_asks_for_the_compiled_kernel():
     assert done.returncode == 0 and done.stdout.strip() == "available", done.stderr
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_environment_chooses_among_the_kernels_of_a_gpu(backend):
+    """CPU tensors are served as ever; where that backend was not built or installed, the import says so."""
+    done = run(SCRIPT + "print(_op.serving('cpu'), _op.serving('cuda'))", BKDFAST_BACKEND=backend)
+    if done.returncode:
+        assert f"BackendError: BKDFAST_BACKEND={backend}, but " in done.stderr
+    else:
+        assert done.stdout.splitlines()[-1].endswith(f" {backend}"), done.stdout
+
+
 def test_environment_with_an_unknown_value():
     done = run(BKDFAST_BACKEND="fpga")
     assert done.returncode != 0
