@@ -102,13 +102,15 @@ def record(package=ROOT / "bkdfast", **facts):
         print(f"{bar}\n{text}\n{bar}", file=sys.stderr)
 
 
-def without_extension(**facts):
+def without_extension(native_reason, **facts):
     """The arguments of `setup` for a pure Python install: what is missing is recorded where the package is put."""
 
     class BuildPy(build_py):
         def run(self):
             super().run()
-            record(ROOT / "bkdfast" if self.editable_mode else Path(self.build_lib) / "bkdfast", **facts)
+            folder = ROOT / "bkdfast" if self.editable_mode else Path(self.build_lib) / "bkdfast"
+            record(folder, **facts)
+            note_native(folder, native_reason)
 
     return {"cmdclass": {"build_py": BuildPy}}
 
@@ -116,8 +118,7 @@ def without_extension(**facts):
 def extension_arguments():
     reason = why_no_extension()
     if reason:
-        missing = why_no_native()
-        return without_extension(reason=reason, native=missing is None, native_reason=missing)
+        return without_extension(why_no_native(), reason=reason)
     import torch
     from torch.utils import cpp_extension
 

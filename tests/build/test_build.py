@@ -159,12 +159,6 @@ def test_a_build_elsewhere_leaves_the_facts_of_this_one(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiler_with_a_launcher(source, tmp_path):
-    site, said = install(source, tmp_path, CXX="env c++")
-    assert look(site, tmp_path)["reason"] is None and "PURE PYTHON" not in said
-
-
-@pytest.mark.slow
 def test_a_compile_error_of_the_host_module_leaves_the_kernels(source, tmp_path):
     (source / "csrc" / "native" / "broken.cpp").write_text("#error broken on purpose\n")
     site, said = install(source, tmp_path)
