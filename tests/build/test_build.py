@@ -205,7 +205,7 @@ def test_without_pybind11_the_headers_of_torch_serve(source):
 def test_without_any_headers_of_pybind11(source):
     said = setup_without(source, ["pybind11", "torch"], "build")
     assert "_native is left out: pybind11 could not be imported" in said and "PURE PYTHON INSTALL" in said
-    facts = json.loads((source / "bkdfast" / "_build.json").read_text())
+    facts = json.loads((source / "build" / "lib" / "bkdfast" / "_build.json").read_text())
     assert facts["native"] is False and "pip install pybind11" in facts["native_reason"]
 
 
