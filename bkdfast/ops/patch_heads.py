@@ -9,7 +9,8 @@ own, so many different patches run in one forward. z is the input of the attenti
 of the MLP's down projection (W = 1).
 
 Shapes and dtypes: z `[B, T, S*W]` float16, bfloat16, float32 or float64, any strides; table `[E, 7]` int32;
-coefficients `[E, 2]` and source `[R, W]` float32 (float64 when z is); offset `[origins, >=B]` int32. Arithmetic is in
+coefficients `[E, 2]` and source `[R, W]` float32 (float64 when z is); offset `[origins, >=B]` int32, any strides. z's cells share no
+memory with each other or with the source. Arithmetic is in
 the dtype of the coefficients, rounded once at the store. Edits that meet in a cell apply in table order.
 
 Floor: the edited cells, read and written once; cost does not depend on B or T.
@@ -54,10 +55,28 @@ def _check(z, table, coefficients, source, offset) -> None:
             raise InvalidArgumentError(f"{name} is on {tensor.device} but z is on {z.device}; move it there")
 
 
+def _check_memory(z, source) -> None:
+    """Refuse cells that share memory: the result would depend on the order of the writes, each backend's own."""
+    if z.numel() == 0:
+        return
+    extent = 1  # elements from the first cell to behind the last one, over the dimensions seen so far
+    for stride, size in sorted(zip(z.stride(), z.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < extent:
+            raise InvalidArgumentError("z is expanded or overlaps itself, its cells share memory; clone it")
+        extent += (size - 1) * stride
+    cells, rows = z.data_ptr(), source.data_ptr()
+    behind = rows + ((source.shape[0] - 1) * source.stride(0) + (source.shape[1] - 1) * source.stride(1) + 1) * (
+        source.element_size()
+    )
+    if source.numel() and rows < cells + extent * z.element_size() and cells < behind:
+        raise InvalidArgumentError("source lies within z's memory; clone it")
+
+
 def _reference(z, table, coefficients, source, offset) -> None:
     _check(z, table, coefficients, source, offset)
-    if any(step == 0 and size > 1 for step, size in zip(z.stride(), z.shape, strict=True)):
-        raise InvalidArgumentError("z is expanded, its rows share memory; clone it")
+    _check_memory(z, source)
     rows, tokens, width = z.shape[0], z.shape[1], source.shape[1]
     slices, origins = z.shape[2] // width, offset.shape[0]
     first = offset.tolist()
@@ -70,6 +89,10 @@ def _reference(z, table, coefficients, source, offset) -> None:
                 f"but there are {rows} rows, {origins} origins, {slices} slices"
             )
         a, b = coefficients[edit]
+        if b != 0 and stride not in (0, 1):
+            raise InvalidArgumentError(
+                f"edit {edit} has stride {stride}, which is not 0 (one source row) or 1 (one source row a token)"
+            )
         for i in range(rows) if row < 0 else (row,):
             begin, end = max(start - first[origin][i], 0), min(stop - first[origin][i], tokens)
             if begin >= end:

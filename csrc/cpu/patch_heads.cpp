@@ -1,7 +1,7 @@
 // patch_heads on the CPU: in-place edits of [B, T, S*W] activations by an edit table (bkdfast/ops/patch_heads.py).
 //
 // Floor: the edited cells, read and written once; 32 edits of one token cost little more than the call. Threads split
-// the batch rows; within a row edits apply in table order, so the result does not depend on the number of threads even
+// the batch rows; every row sees its edits in table order, so the result does not depend on the number of threads even
 // where edits meet.
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ struct Edits {
   int64_t count;
   const int32_t* offset;
   int64_t origins;
-  int64_t offset_stride;
+  int64_t offset_stride, offset_step;
   int64_t sources;
   int64_t width;
 };
@@ -53,7 +53,7 @@ struct Span {
 
 // 64-bit: start - first can leave the 32-bit range when a span is open.
 inline Span span_of(const Edits& edits, const int32_t* edit, int64_t row, int64_t tokens) {
-  const int64_t first = edits.offset[edit[kOrigin] * edits.offset_stride + row];
+  const int64_t first = edits.offset[edit[kOrigin] * edits.offset_stride + row * edits.offset_step];
   return {std::max<int64_t>(edit[kStart] - first, 0), std::min<int64_t>(edit[kStop] - first, tokens), first};
 }
 
@@ -71,6 +71,8 @@ namespace {
 // Before the first write and outside the threads: an exception inside parallel_for loses its message.
 void check_sources(const Edits& edits, int64_t e, int64_t rows, int64_t tokens) {
   const int32_t* edit = edits.table + e * kColumns;
+  STD_TORCH_CHECK(edit[kStride] == 0 || edit[kStride] == 1, "patch_heads: edit ", e, " has stride ", edit[kStride],
+                  ", which is not 0 (one source row) or 1 (one source row a token)");
   const int64_t from = edit[kRow] < 0 ? 0 : edit[kRow], to = edit[kRow] < 0 ? rows : from + 1;
   for (int64_t row = from; row < to; ++row) {
     const Span span = span_of(edits, edit, row, tokens);
@@ -81,10 +83,29 @@ void check_sources(const Edits& edits, int64_t e, int64_t rows, int64_t tokens) 
   }
 }
 
+// Cells that share memory would change with the order of the writes, which is each backend's own.
+void check_memory(const Tensor& z, const Tensor& source) {
+  if (z.numel() == 0) return;
+  int64_t order[3] = {0, 1, 2};
+  std::sort(order, order + 3, [&](int64_t i, int64_t j) { return z.stride(i) < z.stride(j); });
+  int64_t extent = 1;  // elements from the first cell to behind the last one, over the dimensions seen so far
+  for (int64_t d : order) {
+    if (z.size(d) == 1) continue;
+    STD_TORCH_CHECK(z.stride(d) >= extent,
+                    "patch_heads: z is expanded or overlaps itself, its cells share memory; clone it");
+    extent += (z.size(d) - 1) * z.stride(d);
+  }
+  const char* cells = static_cast<const char*>(z.const_data_ptr());
+  const char* rows = static_cast<const char*>(source.const_data_ptr());
+  STD_TORCH_CHECK(source.numel() == 0 || rows + source.numel() * source.element_size() <= cells ||
+                      cells + extent * z.element_size() <= rows,
+                  "patch_heads: source lies within z's memory; clone it");
+}
+
 template <typename T>
 void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor& source) {
   using Acc = AccOf<T>;
-  const auto edit_one_row = BKDFAST_CHOOSE(edit_row<T>);
+  const auto edit = BKDFAST_CHOOSE(edit_rows<T>);
   const Activations<T> view{static_cast<T*>(z.mutable_data_ptr()),
                             z.size(0),
                             z.size(1),
@@ -110,7 +131,7 @@ void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor
   // Waking a second thread costs more than editing some tens of thousands of cells.
   const int64_t grain = cells > (1 << 16) ? 1 : view.rows;
   torch::stable::parallel_for(0, view.rows, std::max<int64_t>(grain, 1), [&](int64_t from_row, int64_t to_row) {
-    for (int64_t row = from_row; row < to_row; ++row) edit_one_row(view, edits, ab, from, row);
+    edit(view, edits, ab, from, from_row, to_row);
   });
 }
 
@@ -124,11 +145,9 @@ void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Ten
                   "patch_heads: coefficients must be a contiguous [E, 2] tensor");
   STD_TORCH_CHECK(source.dim() == 2 && source.is_contiguous() && source.size(1) > 0 && z.size(2) % source.size(1) == 0,
                   "patch_heads: source must be a contiguous [rows, W] tensor with W dividing z's last dimension");
-  STD_TORCH_CHECK(offset.dim() == 2 && offset.size(1) >= z.size(0) && offset.scalar_type() == ScalarType::Int &&
-                      (offset.size(1) <= 1 || offset.stride(1) == 1),
+  STD_TORCH_CHECK(offset.dim() == 2 && offset.size(1) >= z.size(0) && offset.scalar_type() == ScalarType::Int,
                   "patch_heads: offset must be [origins, >=B] int32");
-  for (int64_t d = 0; d < 3; ++d)
-    STD_TORCH_CHECK(z.stride(d) != 0 || z.size(d) <= 1, "patch_heads: z is expanded, its rows share memory; clone it");
+  check_memory(z, source);
   const ScalarType acc = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(coefficients.scalar_type() == acc && source.scalar_type() == acc,
                   "patch_heads: coefficients and source must be float32 (float64 when z is)");
@@ -137,6 +156,7 @@ void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Ten
                     static_cast<const int32_t*>(offset.const_data_ptr()),
                     offset.size(0),
                     offset.stride(0),
+                    offset.stride(1),
                     source.size(0),
                     source.size(1)};
   switch (z.scalar_type()) {

@@ -154,6 +154,32 @@ def test_any_strides(name, layout, dtype, backend):
     assert torch.equal(strided._base, surroundings)
 
 
+def test_memory_beside_z(backend):
+    z, table, ab, source, offset = make((2, 3, 2, 4), *CASES["source per token"][1:3])
+    want = check(z, table, ab, source, offset, backend)
+    for begin in (0, z.numel()):  # the source ends where z begins; z ends where the source begins
+        memory = torch.cat([z.flatten(), source.flatten(), z.flatten()])
+        inside = memory[begin and source.numel() + z.numel() :][: z.numel()].view(z.shape).copy_(z)
+        patch_heads(inside, EditTable(table, ab, memory[z.numel() : -z.numel()].view(8, 4)), offset, backend=backend)
+        assert torch.equal(inside, want)
+    one = torch.zeros(40).as_strided((1, 3, 8), (1, 8, 1)).copy_(z[:1])  # of a single row the stride says nothing
+    patch_heads(one, EditTable(table[:1], ab[:1], source), offset, backend=backend)
+    assert torch.equal(one, want[:1])
+
+
+@pytest.mark.parametrize("layout", ["expanded over rows", "every other row", "origins inside"])
+def test_any_strides_of_the_offset(layout, backend):
+    shape, rows, coefficients, offset, _ = CASES["decode"]
+    z, table, ab, source, first = make(shape, rows, coefficients, offset=offset)
+    strided = {
+        "expanded over rows": first[:, :1].expand(2, 3),
+        "every other row": torch.stack([first, torch.full_like(first, 99)], -1).flatten(1)[:, ::2],
+        "origins inside": first.T.contiguous().T,
+    }[layout]
+    assert not strided.is_contiguous()
+    check(z, table, ab, source, strided, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_equals_reference_bit_for_bit(name, dtype):
@@ -295,6 +321,8 @@ OUT_OF_RANGE = {
     "source": ([0, 0, 0, 1, 0, 8, 0], "source row 8 of 8"),
     "source below 0": ([0, 0, 0, 1, 0, -1, 0], "source row -1 of 8"),
     "source of the last token": ([-1, 0, 0, OPEN, 0, 6, 1], "source row 9 of 8"),
+    "stride": ([0, 0, 0, 2, 0, 0, 3], "stride 3.*not 0.*or 1"),
+    "stride below 0": ([0, 0, 0, 4, 0, 1, -1], "stride -1"),  # its last source row is in range for a maximum
 }
 
 
@@ -319,6 +347,7 @@ def test_wrong_source_on_a_parallel_call_raises():
     assert torch.equal(z, before)
 
 
+SHARED = torch.zeros(2, 3, 8)
 BAD = {
     "z of 2 dimensions": (dict(z=torch.zeros(2, 8)), InvalidArgumentError, r"z must be \[B, T, S\*W\].*\(2, 8\)"),
     "integer z": (dict(z=torch.zeros(2, 3, 8, dtype=torch.int32)), InvalidTypeError, "z must be float16.*int32"),
@@ -335,6 +364,10 @@ BAD = {
     "int64 offset": (dict(offset=torch.zeros(1, 2, dtype=torch.int64)), InvalidArgumentError, "offset must be.*int64"),
     "other device": (dict(source=torch.zeros(1, 4, device="meta")), InvalidArgumentError, "source is on meta.*on cpu"),
     "expanded z": (dict(z=torch.zeros(1, 3, 8).expand(2, 3, 8)), InvalidArgumentError, "z is expanded"),
+    "rows over rows": (dict(z=torch.zeros(99).as_strided((2, 3, 8), (16, 8, 1))), InvalidArgumentError, "overlaps itse"),
+    "cells over tokens": (dict(z=torch.zeros(99).as_strided((2, 3, 8), (48, 4, 1))), InvalidArgumentError, "overlaps"),
+    "source at z's start": (dict(z=SHARED, source=SHARED[0, :1, :4]), InvalidArgumentError, "source lies within z"),
+    "source at z's end": (dict(z=SHARED, source=SHARED[1, 2:, 4:]), InvalidArgumentError, "source lies within z"),
 }  # fmt: skip
 
 
