@@ -15,6 +15,7 @@ WIDE = 1 << 31
 # What is wrong with an edit, in the order in which it is looked for (`enum class Fault` in csrc/native/native.h).
 FAULTS = (
     "slice {4} is out of range, there are {slices}",
+    "slice {4} does not fit 32 bits",
     "row {0} is negative; use -1 for every row",
     "row {0} does not fit 32 bits",
     "span [{2}, {3}) ends before it starts",
@@ -46,6 +47,7 @@ def first_fault(
     faults = np.stack(  # [faults, E]
         [
             (piece < 0) | (piece >= slices),
+            piece >= WIDE,
             row < ALL_ROWS,
             row >= WIDE,
             start > stop,

@@ -41,6 +41,7 @@ inline bool before(const Span& one, const Span& other) {
 
 std::optional<Fault> fault_of(const int64_t* e, const double* scale, int64_t slices, int64_t sources, double largest) {
   if (e[kSlice] < 0 || e[kSlice] >= slices) return Fault::kSlice;
+  if (e[kSlice] >= kWide) return Fault::kWideSlice;
   if (e[kRow] < kAllRows) return Fault::kNegativeRow;
   if (e[kRow] >= kWide) return Fault::kWideRow;
   if (e[kStart] > e[kStop]) return Fault::kBackwards;

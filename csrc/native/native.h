@@ -20,6 +20,7 @@ struct EditView {
 // In the order of FAULTS in bkdfast/ops/edit_checks.py, which holds the words.
 enum class Fault {
   kSlice,
+  kWideSlice,
   kNegativeRow,
   kWideRow,
   kBackwards,

@@ -56,9 +56,11 @@ def changed(**columns):
     return [columns.get(name, value) for name, value in zip(names, ONE, strict=True)]
 
 
+SLICES = 2**33  # more than the table can address
 REFUSED = {
-    "slice": (changed(slice=4), "slice 4 is out of range, there are 4"),
+    "slice": (changed(slice=SLICES), f"slice {SLICES} is out of range, there are {SLICES}"),
     "negative slice": (changed(slice=-1), "slice -1 is out of range"),
+    "slice of 33 bits": (changed(slice=2**31), "slice 2147483648 does not fit"),
     "row": (changed(row=-2), "row -2 is negative; use -1"),
     "row of 33 bits": (changed(row=2**32), "row 4294967296 does not fit"),
     "span": (changed(start=3, stop=2), r"span \[3, 2\) ends before it starts"),
@@ -84,7 +86,7 @@ REFUSED = {
 def test_out_of_range(name):
     edit, message = REFUSED[name]
     with pytest.raises(InvalidArgumentError, match=f"^edit 1: .*{message}") as raised:
-        pack([changed(slice=3), edit])
+        pack([changed(slice=3), edit], slices=SLICES)
     assert isinstance(raised.value, BkdfastError)
 
 
@@ -93,19 +95,19 @@ def test_the_first_edit_is_named(name):
     edit, message = REFUSED[name]
     others = [case[0] for case in REFUSED.values()]
     with pytest.raises(InvalidArgumentError, match=f"^edit 0: .*{message}"):
-        pack([edit, *others, ONE, ONE], [[0.0, 1.0]] + [[NAN, 1.0]] * (len(others) + 2))
+        pack([edit, *others, ONE, ONE], [[0.0, 1.0]] + [[NAN, 1.0]] * (len(others) + 2), slices=SLICES)
 
 
 def test_the_cases_have_every_fault():
     """In the order of `FAULTS`, which the compiled checks number by hand; the last one is about coefficients."""
-    found = {
-        edit_table.checks.first_fault(np.array([edit]), np.ones((1, 2)), 4, 5, 1e30)[0] for edit, _ in REFUSED.values()
-    }
+    first_fault, scale = edit_table.checks.first_fault, np.ones((1, 2))
+    found = {first_fault(np.array([edit]), scale, SLICES, 5, 1e30)[0] for edit, _ in REFUSED.values()}
     assert found == set(range(len(edit_checks.FAULTS) - 1))
 
 
 def test_the_limits_themselves_pass():
-    pack([changed(slice=3, row=2**31 - 1, start=-OPEN, stop=OPEN, origin=127, source=4)])
+    edit = changed(slice=2**31 - 1, row=2**31 - 1, start=-OPEN, stop=OPEN, origin=127, source=4)
+    assert pack([edit], slices=SLICES).table.tolist() == [edit]
     pack([changed(stop=3, source=2, stride=1)])
 
 
