@@ -9,9 +9,9 @@ own, so many different patches run in one forward. z is the input of the attenti
 of the MLP's down projection (W = 1).
 
 Shapes and dtypes: z `[B, T, S*W]` float16, bfloat16, float32 or float64, any strides; table `[E, 7]` int32;
-coefficients `[E, 2]` and source `[R, W]` float32 (float64 when z is); offset `[origins, >=B]` int32, any strides. z's cells share no
-memory with each other or with the source. Arithmetic is in
-the dtype of the coefficients, rounded once at the store. Edits that meet in a cell apply in table order.
+coefficients `[E, 2]` and source `[R, W]` float32 (float64 when z is); offset `[origins, >=B]` int32, any strides. z's
+cells share no memory with each other or with the source. Arithmetic is in the dtype of the coefficients, rounded once
+at the store. Edits that meet in a cell apply in table order.
 
 Floor: the edited cells, read and written once; cost does not depend on B or T.
 

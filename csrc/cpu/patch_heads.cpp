@@ -130,9 +130,8 @@ void run(Tensor& z, const Edits& edits, const Tensor& coefficients, const Tensor
   const Acc* from = static_cast<const Acc*>(source.const_data_ptr());
   // Waking a second thread costs more than editing some tens of thousands of cells.
   const int64_t grain = cells > (1 << 16) ? 1 : view.rows;
-  torch::stable::parallel_for(0, view.rows, std::max<int64_t>(grain, 1), [&](int64_t from_row, int64_t to_row) {
-    edit(view, edits, ab, from, from_row, to_row);
-  });
+  torch::stable::parallel_for(0, view.rows, std::max<int64_t>(grain, 1),
+                              [&](int64_t from_row, int64_t to_row) { edit(view, edits, ab, from, from_row, to_row); });
 }
 
 void patch_heads(Tensor z, Tensor table, Tensor coefficients, Tensor source, Tensor offset) {

@@ -364,7 +364,7 @@ BAD = {
     "int64 offset": (dict(offset=torch.zeros(1, 2, dtype=torch.int64)), InvalidArgumentError, "offset must be.*int64"),
     "other device": (dict(source=torch.zeros(1, 4, device="meta")), InvalidArgumentError, "source is on meta.*on cpu"),
     "expanded z": (dict(z=torch.zeros(1, 3, 8).expand(2, 3, 8)), InvalidArgumentError, "z is expanded"),
-    "rows over rows": (dict(z=torch.zeros(99).as_strided((2, 3, 8), (16, 8, 1))), InvalidArgumentError, "overlaps itse"),
+    "rows over rows": (dict(z=torch.zeros(99).as_strided((2, 3, 8), (16, 8, 1))), InvalidArgumentError, "overlaps"),
     "cells over tokens": (dict(z=torch.zeros(99).as_strided((2, 3, 8), (48, 4, 1))), InvalidArgumentError, "overlaps"),
     "source at z's start": (dict(z=SHARED, source=SHARED[0, :1, :4]), InvalidArgumentError, "source lies within z"),
     "source at z's end": (dict(z=SHARED, source=SHARED[1, 2:, 4:]), InvalidArgumentError, "source lies within z"),
