@@ -9,9 +9,10 @@ and for every token n with a segment s = tokens[SEGMENT, n] >= 0, in block l:
     counts[l, s, 0]      += 1 if the token is not finite; it then enters no extreme
     counts[l, s, 1]      <- min(counts[l, s, 1], tokens[POSITION, n]) if the token offends
 
-A token offends when it is not finite, or when r = tokens[RANGE, n] >= 0 and some cosine is below `ranges[l, r, 0, k]`
-or above `ranges[l, r, 1, k]`. Not finite means that |x|^2 is not finite in float32: NaN, infinity, or |x| above 1.8e19.
-A token is zero where |x|^2 is below the smallest normal float32 (|x| below 1.1e-19).
+A token offends when it is not finite, or when r = tokens[RANGE, n] >= 0 and some cosine is not within `[ranges[l, r, 0,
+k], ranges[l, r, 1, k]]`: a cosine that is NaN (its direction is) then offends, as does any against a range that is NaN.
+A cosine that is NaN enters no extreme. Not finite means that |x|^2 is not finite in float32: NaN, infinity, or |x|
+above 1.8e19. A token is zero where |x|^2 is below the smallest normal float32 (|x| below 1.1e-19).
 
 Shapes and dtypes: x `[N, D]`, or `[M, N, D]` for the M blocks from `layer` on in one launch (the step buffer of
 decode), float16, bfloat16, float32 or float64, any strides; directions `[L, K, D]` float32 unit rows; tokens `[3, N]`
@@ -90,14 +91,14 @@ def _reference(x, directions, tokens, ranges, extremes, counts, layer) -> None:
     observed = (segment >= 0) & (segment < segments)
     slot = segment.where(observed, 0).long()
     every = slot[None, :, None].expand_as(cosine)
-    enters = (observed & finite)[:, :, None]
+    enters = (observed & finite)[:, :, None] & ~cosine.isnan()
     extremes[blocks, :, 0].scatter_reduce_(1, every, cosine.where(enters, torch.inf), "amin")
     extremes[blocks, :, 1].scatter_reduce_(1, every, cosine.where(enters, -torch.inf), "amax")
 
     offends = ~finite
     if rows:
         low, high = ranges[blocks, row.clamp(0, rows - 1).long()].unbind(2)  # [M, N, K]
-        offends |= ((cosine < low) | (cosine > high)).any(2) & (row >= 0) & (row < rows)
+        offends |= ~((cosine >= low) & (cosine <= high)).all(2) & (row >= 0) & (row < rows)
     counts[blocks, :, 0].scatter_add_(1, slot.expand(len(x), -1), (observed & ~finite).int())
     where = position.expand_as(offends).where(observed & offends, NONE)
     counts[blocks, :, 1].scatter_reduce_(1, slot.expand(len(x), -1), where, "amin")

@@ -15,8 +15,10 @@ for Y and Z run in X's dtype, the squared norm in float64. m, n and k may be 0.
 NaN and infinity propagate to Y, Z and `frobenius_sq` (an infinity at the same place of both weights gives NaN), so a
 non-finite `frobenius_sq` is the sign that the delta has one; NaN counts as changed. `+0` and `-0` are equal.
 
-Floor: reading both matrices once, 4 m n k flops. The reference reads row panels of `_PANEL` elements, whose size does
-not depend on the number of threads. Its GEMMs obey `torch.set_float32_matmul_precision`; who needs float32 sets it.
+Floor: reading both matrices once, 4 m n k flops. The CPU kernel allocates a Z for each of 16 groups of rows, whatever
+the number of threads, so that the sums do not depend on it: 16 n k numbers of X's dtype. The reference reads row panels
+of `_PANEL` elements, whose size does not depend on the number of threads. Its GEMMs obey
+`torch.set_float32_matmul_precision`; who needs float32 sets it.
 
 One pass per iteration gives both factors: Halko, Martinsson & Tropp 2011 (SIAM Review 53(2)), section 4.5; Musco &
 Musco 2015 (NeurIPS), algorithm 2.

@@ -6,6 +6,14 @@
 // The bits of as many 16- and 32-bit numbers as Vec<float> has elements.
 typedef uint16_t Bits16 __attribute__((vector_size(BKDFAST_VECTOR_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(BKDFAST_VECTOR_BYTES)));
+typedef float Floats __attribute__((vector_size(BKDFAST_VECTOR_BYTES)));
+
+// v rounded to bfloat16, to nearest, ties to even: the upper halves of the elements; the lower halves are noise.
+BKDFAST_INLINE Bits32 bfloat16_bits(Floats v) {
+  const Bits32 bits = reinterpret_cast<Bits32>(v);
+  const Bits32 nan = reinterpret_cast<Bits32>(v != v);
+  return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
+}
 
 template <typename T>
 struct Vec {
@@ -57,12 +65,9 @@ struct Vec {
   }
 
   BKDFAST_INLINE void store(T* to) const { __builtin_memcpy(to, &v, sizeof(Native)); }
-  BKDFAST_INLINE void store(c10::BFloat16* to) const {  // to nearest, ties to even
+  BKDFAST_INLINE void store(c10::BFloat16* to) const {
     static_assert(sizeof(T) == 4, "16-bit types are rounded from float");
-    const Bits32 bits = reinterpret_cast<Bits32>(v);
-    const Bits32 nan = reinterpret_cast<Bits32>(v != v);
-    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits16 out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Bits16);
+    const Bits16 out = __builtin_convertvector(bfloat16_bits(v) >> 16, Bits16);
     __builtin_memcpy(static_cast<void*>(to), &out, sizeof out);
   }
   BKDFAST_INLINE void store(c10::Half* to) const {
@@ -85,9 +90,6 @@ struct Vec {
   friend BKDFAST_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend BKDFAST_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
   friend BKDFAST_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
-  // Of two values one of which is NaN: the second operand, as the x86 instructions do.
-  friend BKDFAST_INLINE Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
-  friend BKDFAST_INLINE Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 };
 
 BKDFAST_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -174,24 +176,33 @@ BKDFAST_INLINE double sum(Vec<double> a) {
   return c[0] + c[1];
 }
 
-// to[i] += sum of a[i], i < 4, in a fixed tree that is not sum()'s, with a third of its instructions.
-BKDFAST_INLINE void add_sums(const Vec<float>* a, float* to) {
+// Sums of the elements of four vectors, each in a fixed tree that is not sum()'s, with a third of its instructions.
+typedef float Four __attribute__((vector_size(16)));
+
+BKDFAST_INLINE Four sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
 #if BKDFAST_VECTOR_BYTES == 64
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
 #elif BKDFAST_VECTOR_BYTES == 32
-  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
-  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
-  const __m256 b = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+  const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
 #endif
 #if BKDFAST_VECTOR_BYTES == 16
-  for (int i = 0; i < 4; ++i) to[i] += sum(a[i]);
+  return Four{sum(a), sum(b), sum(c), sum(d)};
 #else
-  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
-  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
+  return static_cast<Four>(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 #endif
+}
+
+// to[i] += sum of a[i], i < 4.
+BKDFAST_INLINE void add_sums(const Vec<float>* a, float* to) {
+  Four total;
+  __builtin_memcpy(&total, to, sizeof total);
+  total += sum4(a[0], a[1], a[2], a[3]);
+  __builtin_memcpy(to, &total, sizeof total);
 }
 
 BKDFAST_INLINE void add_sums(const Vec<double>* a, double* to) {

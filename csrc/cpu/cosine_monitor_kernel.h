@@ -14,26 +14,6 @@ constexpr int kTokens = 3, kRows = 4;  // 12 sums, 3 tokens and a direction in 1
 constexpr int kTokens = 2, kRows = 4;
 #endif
 
-typedef float Four __attribute__((vector_size(16)));
-
-// Sums of the elements of four vectors, each in the same fixed tree.
-BKDFAST_INLINE Four sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
-#if BKDFAST_VECTOR_BYTES == 64
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return static_cast<Four>(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#elif BKDFAST_VECTOR_BYTES == 32
-  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
-  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
-  const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-  return static_cast<Four>(_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-#else
-  return Four{sum(a), sum(b), sum(c), sum(d)};
-#endif
-}
-
 // out[t, r] (+)= <x[t], d[r]> over `width` columns. kAhead: d comes from memory, fetch it 2 KB ahead.
 template <int kT, int kR, bool kAhead>
 void tile(const float* x, int64_t x_stride, const float* d, int64_t d_stride, int64_t width, float* out,
@@ -141,9 +121,9 @@ void cosines(const bkdfast::MonitorJob& job, bkdfast::MonitorChunk& chunk) {
     if (range >= 0 && range < job.range_rows) {
       const float* low = job.ranges + (chunk.block * job.range_rows + range) * 2 * count;
       const float* high = low + count;
-      int outside = 0;
-      for (int64_t k = 0; k < count; ++k) outside |= (cosine[k] < low[k]) | (cosine[k] > high[k]);
-      offends |= outside != 0;
+      int inside = 1;  // not outside = 0: NaN, of a cosine or of a range, compares false with everything
+      for (int64_t k = 0; k < count; ++k) inside &= (cosine[k] >= low[k]) & (cosine[k] <= high[k]);
+      offends |= inside == 0;
     }
     chunk.offends[t] = offends;
   }
@@ -166,6 +146,7 @@ void reduce(const bkdfast::MonitorJob& job, const bkdfast::MonitorChunk& chunk) 
     float* low = job.extremes + (chunk.block * job.segments + segment) * 2 * count;
     float* high = low + count;
     const float* cosine = chunk.cosine + t * count;
+    // A cosine that is NaN stays out: it compares false with everything.
     for (int64_t k = 0; k < count; ++k) low[k] = cosine[k] < low[k] ? cosine[k] : low[k];
     for (int64_t k = 0; k < count; ++k) high[k] = cosine[k] > high[k] ? cosine[k] : high[k];
   }

@@ -70,7 +70,7 @@ struct Job {
 template <typename Acc>
 struct Scratch {
   Acc* delta;         // [kPanel, delta_stride]
-  void* gathered[2];  // [kPanel, kBlock] of each weight, when its columns are apart
+  char* gathered[2];  // [kPanel, kBlock] of each weight, when its columns are apart
 };
 
 struct Totals {

@@ -215,27 +215,24 @@ void accumulate(const Acc* delta, int64_t delta_stride, int64_t rows, int64_t co
                                       z + j - kVectors * kWidth, z_stride, fresh);
 }
 
-// A block [rows, count] of a weight with any strides, copied to rows of kBlock entries.
-template <typename Word>
-void gather(const Word* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count, Word* to) {
+// A block [rows, count] of a weight with any strides, copied to rows of kBlock entries; strides in bytes.
+template <int64_t kItem>
+void gather(const char* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count, char* to) {
   for (int64_t j = 0; j < count; ++j)
-    for (int64_t r = 0; r < rows; ++r) to[r * kBlock + j] = from[r * row_stride + j * column_stride];
+    for (int64_t r = 0; r < rows; ++r)
+      __builtin_memcpy(to + (r * kBlock + j) * kItem, from + r * row_stride + j * column_stride, kItem);
 }
 
-Rows rows_of(const Weight& weight, int64_t panel, int64_t rows, int64_t column, int64_t count, void* gathered) {
-  const int64_t item = weight.item, stride = weight.row_stride, apart = weight.column_stride;
-  const char* at = weight.data + (panel * stride + column * apart) * item;
-  if (apart == 1 || count == 1) {
+Rows rows_of(const Weight& weight, int64_t panel, int64_t rows, int64_t column, int64_t count, char* gathered) {
+  const int64_t item = weight.item, stride = weight.row_stride * item, apart = weight.column_stride * item;
+  const char* at = weight.data + panel * stride + column * apart;
+  if (apart == item || count == 1) {
     const bool last = column + count == weight.columns;
-    return {at, stride * item, last ? (kPanel * stride - column) * item : kBlock * item};
+    return {at, stride, last ? kPanel * stride - column * item : kBlock * item};
   }
-  if (item == 2)
-    gather(reinterpret_cast<const uint16_t*>(at), stride, apart, rows, count, static_cast<uint16_t*>(gathered));
-  else if (item == 4)
-    gather(reinterpret_cast<const uint32_t*>(at), stride, apart, rows, count, static_cast<uint32_t*>(gathered));
-  else
-    gather(reinterpret_cast<const uint64_t*>(at), stride, apart, rows, count, static_cast<uint64_t*>(gathered));
-  return {static_cast<const char*>(gathered), kBlock * item, 0};
+  const auto copy = item == 2 ? gather<2> : item == 4 ? gather<4> : gather<8>;
+  copy(at, stride, apart, rows, count, gathered);
+  return {gathered, kBlock * item, 0};
 }
 
 // Rows [begin, end) of Y, and what they add to Z (transposed, [k, z_stride]), the norm and the count.

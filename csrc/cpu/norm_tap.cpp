@@ -61,9 +61,10 @@ void norm_rows_double(const NormJob& job, int64_t first, int64_t count, const fl
       for (int64_t i = 0; i < width; ++i) static_cast<double*>(job.step)[n * width + i] = x[i * stride];
     if (job.kind == bkdfast::kLayer) {
       double mean = 0, variance = 0;
-      for (int64_t i = 0; i < width; ++i) mean += x[i * stride] / width;
-      for (int64_t i = 0; i < width; ++i) variance += (x[i * stride] - mean) * (x[i * stride] - mean) / width;
-      const double scale = 1 / std::sqrt(variance + job.eps_double);
+      for (int64_t i = 0; i < width; ++i) mean += x[i * stride];
+      mean /= width;
+      for (int64_t i = 0; i < width; ++i) variance += (x[i * stride] - mean) * (x[i * stride] - mean);
+      const double scale = 1 / std::sqrt(variance / width + job.eps_double);
       for (int64_t i = 0; i < width; ++i) y[i] = (x[i * stride] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0);
       continue;
     }

@@ -6,12 +6,8 @@
 template <typename T>
 BKDFAST_INLINE Vec<float> rounded(Vec<float> v) {
   if constexpr (sizeof(T) == 4) return v;
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {  // in registers; NaN stays NaN
-    const Bits32 bits = reinterpret_cast<Bits32>(v.v);
-    const Bits32 nan = reinterpret_cast<Bits32>(v.v != v.v);
-    const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    return reinterpret_cast<typename Vec<float>::Native>((rounded & ~nan) | (bits & nan));
-  }
+  if constexpr (std::is_same_v<T, c10::BFloat16>)  // in registers
+    return reinterpret_cast<Floats>(bfloat16_bits(v.v) & 0xffff0000u);
   T narrow[kLanes];
   v.store(narrow);
   return Vec<float>::load(narrow);

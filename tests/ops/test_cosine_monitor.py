@@ -215,6 +215,25 @@ def test_first_offence_of_each_block_and_its_ties(backend):
     assert got.nonfinite.tolist() == [[0, 1]] * 3
 
 
+@pytest.mark.parametrize("spoilt", ["direction", "low", "high"])
+@pytest.mark.parametrize("k", [0, 17, 40])
+def test_nan_of_the_state_does_not_pass_a_token(spoilt, k, backend):
+    open_ranges = torch.tensor([[-INF], [INF]]).expand(1, 1, 2, 41).clone()
+    x, _, _ = make(5, 30, 41, 1, 1)
+    state = MonitorState.create(directions_of(1, 41, 30, torch.Generator().manual_seed(0)), 2, open_ranges)
+    tokens = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, -1, 1], [7, 3, 5, 2, 1]], dtype=torch.int32)
+    got = check(x, tokens, state, backend)
+    assert got.first.tolist() == [[NONE, NONE]]
+    # In place, after the checks of create.
+    (state.directions[0, k] if spoilt == "direction" else state.ranges[0, 0, int(spoilt == "high"), k]).fill_(NAN)
+    cosine_monitor(x, state, tokens, backend=backend)
+    assert state.first.tolist() == [[3, NONE]] and not state.nonfinite.any(), "only judged tokens offend"
+    want = got.extremes.clone()
+    if spoilt == "direction":
+        want[0, :, 0, k], want[0, :, 1, k] = INF, -INF
+    torch.testing.assert_close(state.extremes, want, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_streaming(dtype, backend):
     x, tokens, whole = make(75, 40, 9, 4, 2, blocks=2, dtype=dtype)

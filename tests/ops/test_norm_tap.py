@@ -96,6 +96,15 @@ def test_rounds_where_the_models_own_rounds(norm, dtype, backend):
     assert same.double().mean() >= (0.999 if dtype == BF16 else 0.99)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_constant_row_has_no_variance(dtype, backend):
+    for d in range(1, 100):
+        y = norm_tap(
+            torch.full((2, d), 3.0, dtype=dtype), torch.ones(d, dtype=dtype), eps=0, kind=LAYER, backend=backend
+        )
+        assert y.isnan().all(), "0 / 0; a mean that is off by a rounding gives +-1"
+
+
 @pytest.mark.parametrize("norm", ["RMS", "RMS_WIDE", "RMS_ONE", "LAYER"])
 def test_the_comparison_sees_another_norm(norm, backend):
     x, module, arguments = make(norm, 200, 1500, BF16)
