@@ -1,12 +1,11 @@
 """The compiled checks of edit tables and their numpy twin say the same of every table, word for word."""
 
-import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bkdfast import EditTable, _host
@@ -68,16 +67,16 @@ def test_the_same_answer():
 
     @settings(max_examples=3000)
     @given(tables(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([160, 2**33]))
+    @example(([[0, 0, 0, 1, 2**31, 0, 0]], [[0.5, 0.5]]), torch.float32, 2**33)  # rare among the drawn ones
+    @example(([[-2, 0, 0, 1, 2**31, 0, 0]], [[0.5, 0.5]]), torch.float32, 2**33)
     def same(table, dtype, slices):
         compiled = answer(_host.NATIVE, *table, dtype, slices)
         assert answer(edit_checks, *table, dtype, slices) == compiled
-        if isinstance(compiled, str) and re.search(r"slice \d+ does not fit", compiled):
-            seen["wide slice"] += 1
         seen["packed" if isinstance(compiled, list) else compiled.split()[0]] += 1
 
     same()
     # Worth something only if tables are packed, refused for a value ("edit") and for a pair ("edits").
-    assert all(seen[kind] > 0.1 * seen.total() for kind in ("packed", "edit", "edits")) and seen["wide slice"], seen
+    assert all(seen[kind] > 0.1 * seen.total() for kind in ("packed", "edit", "edits")), seen
 
 
 @pytest.mark.parametrize("checks", [edit_checks, _host.NATIVE], ids=["numpy", "native"])
