@@ -5,7 +5,12 @@ the median over rounds of the ratio within a round. Before anything is timed the
 measured first, copy bandwidth and the matrix product's rate; a case's floor is the larger of the times in which they
 allow its bytes and its operations.
 
-Writes `benchmarks/results/<machine>.json`; `python -m benchmarks.tables` puts the results into README.md.
+On a GPU a version is timed twice: call by call, which on small tensors is the time to issue it, and as replays of a
+CUDA graph of many calls, which is the time its kernels take. What cannot be captured, because it waits for the GPU,
+has only the first.
+
+The file is written after every case. A case that fails is a row with its error; the run goes on, and its exit status
+is 1. Writes `benchmarks/results/<machine>.json`; `python -m benchmarks.tables` puts the results into README.md.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +40,8 @@ from bkdfast.ops._library import EXTENSION
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _SAMPLE = 0.01  # seconds that one sample of one version lasts at least
+_CAPTURED = 20  # calls in one CUDA graph
+_L2_BYTES = 50e6  # of a large GPU: a case that moves less finds its data there
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,47 +67,97 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{facts['name']}: copy {limits['copy_gb_s']:.0f} GB/s, matrix product {limits['gemm_gflop_s']:.0f} GFLOP/s")
     overhead = overheads(device)
     print("call overhead: " + ", ".join(f"{op} {took:.1f} us" for op, took in overhead.items()))
-    rows = []
-    for case in tqdm(all_cases(device, set(options.ops) if options.ops else None), desc="cases", unit="case"):
-        case.check()
-        rows.append(measure(case, device, options.rounds, limits))
-        tqdm.write(summary(rows[-1]))
     out = options.out or RESULTS / f"{slug(facts['name'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
     result = {"machine": facts, "ceilings": limits, "rounds": options.rounds, "overhead_us": overhead, "cases": rows}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for case in tqdm(all_cases(device, set(options.ops) if options.ops else None), desc="cases", unit="case"):
+        try:
+            case.check()
+            rows.append(measure(case, device, options.rounds, limits))
+        except Exception as error:  # the other cases are still worth having
+            rows.append({"op": case.op, "name": case.name, "error": f"{type(error).__name__}: {error}"})
+        tqdm.write(summary(rows[-1]))
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {out}")
+    if failed := sum("error" in row for row in rows):
+        sys.exit(f"{failed} of {len(rows)} cases failed")
 
 
 def measure(case: Case, device: torch.device, rounds: int, limits: dict[str, float]) -> dict:
     """Times of all versions of one case, and what they say."""
     versions = case.versions
     calls = {name: calls_for(version, device) for name, version in versions.items()}
+    graphs = {name: graph for name, version in versions.items() if (graph := captured(version, device))}
+    replays = {name: calls_for(graph, device) for name, graph in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in versions}
+    replayed: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, version in versions.items():
             samples[name].append(seconds(version, calls[name], device))
+        for name, graph in graphs.items():
+            replayed[name].append(seconds(graph, replays[name], device) / _CAPTURED)
     floor = max(case.bytes / (limits["copy_gb_s"] * 1e9), case.flops / (limits["gemm_gflop_s"] * 1e9))
-    median = {name: statistics.median(values) for name, values in samples.items()}
-    best = min(case.plain, key=median.__getitem__)
-    return {
+    best, figures = compare(samples, list(case.plain))
+    row: dict = {
         "op": case.op,
         "name": case.name,
         "goal": case.goal,
         "bytes": case.bytes,
         "flops": case.flops,
         "floor_us": floor * 1e6,
+        "from_l2": device.type == "cuda" and case.bytes < _L2_BYTES,
         "best_plain": best,
-        "versions": {
-            name: {
-                "ours": name in case.ours,
-                "median_us": median[name] * 1e6,
-                "spread": spread(values),
-                "speedup": statistics.median(p / v for p, v in zip(samples[best], values, strict=True)),
-            }
-            for name, values in samples.items()
-        },
+        "versions": {name: {"ours": name in case.ours, **figure} for name, figure in figures.items()},
     }
+    if device.type == "cuda":
+        row["best_plain_graph"], figures = compare(replayed, [name for name in case.plain if name in graphs])
+        for name, figure in figures.items():
+            row["versions"][name] |= {
+                "graph_us": figure["median_us"],
+                "graph_spread": figure["spread"],
+                "graph_speedup": figure["speedup"],
+            }
+    return row
+
+
+def compare(samples: dict[str, list[float]], plain: list[str]) -> tuple[str | None, dict[str, dict]]:
+    """The fastest of `plain` (None: there is none), and every version's median, spread and speedup over it."""
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    best = min(plain, key=median.__getitem__, default=None)
+    return best, {
+        name: {
+            "median_us": median[name] * 1e6,
+            "spread": spread(values),
+            "speedup": best and statistics.median(p / v for p, v in zip(samples[best], values, strict=True)),
+        }
+        for name, values in samples.items()
+    }
+
+
+def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """Replays a CUDA graph of `_CAPTURED` calls; None where there is none. `function` has run before."""
+    if device.type == "cpu":
+        return None
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    try:
+        # A wait for the GPU is found before the capture: one that fails leaves the random generator capturing.
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.cuda.stream(side):
+            function()
+            function()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(_CAPTURED):
+                function()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_stream(here)  # a failed capture leaves its own
+    return graph.replay
 
 
 def spread(values: list[float]) -> float:
@@ -154,8 +212,6 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 def machine(device: torch.device) -> dict:
     """What a figure depends on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "--", "*.py", "csrc"], cwd=ROOT, capture_output=True)
     facts = {
         "cpu": cpu_name(),
         "isa": EXTENSION.cpu_isa(),
@@ -164,20 +220,32 @@ def machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bkdfast": __version__,
-        "commit": commit.stdout.strip() + ("+" if changed.stdout else ""),
+        "commit": commit(),
     }
     if device.type == "cuda":
         import triton
 
         properties = torch.cuda.get_device_properties(device)
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        )
-        facts |= {"gpu": properties.name, "driver": driver.stdout.strip(), "cuda": torch.version.cuda}
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+        facts |= {"gpu": properties.name, "driver": driver, "cuda": torch.version.cuda}
         facts |= {"triton": triton.__version__, "name": properties.name}
     else:
         facts["name"] = f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
     return facts
+
+
+def commit() -> str:
+    """The commit of the sources, with a + where they differ from it; "unknown" outside a repository."""
+    changed = output("git", "status", "--porcelain", "--", "*.py", "csrc")
+    return (output("git", "rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def output(*command: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def cpu_name() -> str:
@@ -192,15 +260,27 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def shown(row: dict, name: str) -> tuple[float, float, float, str]:
+    """Time in microseconds, speedup, and the plain version it is over with its time: of graphs where both have one."""
+    version, plain = row["versions"][name], row["best_plain"]
+    if version.get("graph_speedup"):
+        plain = row["best_plain_graph"]
+        return version["graph_us"], version["graph_speedup"], row["versions"][plain]["graph_us"], plain
+    return version["median_us"], version["speedup"], row["versions"][plain]["median_us"], plain
+
+
 def summary(row: dict) -> str:
     """One line for the terminal."""
-    ours = {name: v for name, v in row["versions"].items() if v["ours"]}
-    parts = [
-        f"{name} {v['median_us']:.1f} us, {v['speedup']:.2f}x, {row['floor_us'] / v['median_us']:.0%} of the floor"
-        for name, v in ours.items()
-    ]
-    best = row["versions"][row["best_plain"]]
-    return f"{row['op']} {row['name']}: " + "; ".join(parts) + f"; {row['best_plain']} {best['median_us']:.1f} us"
+    if "error" in row:
+        return f"{row['op']} {row['name']}: FAILED, {row['error']}"
+    parts = []
+    for name, version in row["versions"].items():
+        if version["ours"]:
+            took, speedup, beside, plain = shown(row, name)
+            issued = f" (call by call {version['median_us']:.1f} us)" if "graph_us" in version else ""
+            part = f"{name} {took:.1f} us{issued}, {speedup:.2f}x, {row['floor_us'] / took:.0%} of the floor"
+            parts.append(f"{part}, {plain} {beside:.1f} us")
+    return f"{row['op']} {row['name']}: " + "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks.run import RESULTS, ROOT
+from benchmarks.run import RESULTS, ROOT, shown
 
 BEGIN, END = "<!-- op figures: made by `make bench`, do not edit -->", "<!-- end of op figures -->"
 
@@ -26,17 +26,20 @@ def main() -> None:
 def table(result: dict) -> str:
     """One machine's figures as Markdown."""
     facts, limits = result["machine"], result["ceilings"]
-    lines = ["| op | case | bkdfast | best plain PyTorch | speedup | of the floor |", "|---|---|---|---|---|---|"]
-    for case in result["cases"]:
-        plain = case["versions"][case["best_plain"]]
+    cases = [case for case in result["cases"] if "error" not in case]
+    failed, gpu = len(result["cases"]) - len(cases), "gpu" in facts
+    titles = ["op", "case", "bkdfast", *["call by call"] * gpu, "best plain PyTorch", "speedup", "of the floor"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for case in cases:
         for name, version in case["versions"].items():
-            if version["ours"]:
-                lines.append(
-                    f"| `{case['op']}` | {case['name']} | {duration(version['median_us'])} ({name}) "
-                    f"| {duration(plain['median_us'])} ({case['best_plain']}) "
-                    f"| {version['speedup']:.3g}x | {case['floor_us'] / version['median_us']:.0%} |"
-                )
-    units = facts.get("driver") and f"driver {facts['driver']}, " or f"{facts['isa']}, "
+            if not version["ours"]:
+                continue
+            took, speedup, beside, plain = shown(case, name)
+            cells = [f"`{case['op']}`", case["name"] + ", from L2" * case.get("from_l2", False)]
+            cells += [f"{duration(took)} ({name})", *[duration(version["median_us"])] * gpu]
+            cells += [f"{duration(beside)} ({plain})", f"{speedup:.3g}x", f"{case['floor_us'] / took:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    units = f"driver {facts['driver']}, " if gpu else f"{facts['isa']}, "
     lines += [
         "",
         f"{facts['name']}, {units}torch {facts['torch']}; medians of {result['rounds']} interleaved rounds. Floor: the "
@@ -47,6 +50,14 @@ def table(result: dict) -> str:
         + ", ".join(f"`{op}` {took:.1f} us" for op, took in result["overhead_us"].items())
         + ".",
     ]
+    if gpu:
+        lines[-1] += (
+            ' Times are of kernels, from replays of a CUDA graph of 20 calls; in "call by call" the host issues each '
+            'one, and a version that cannot be captured has only that. "From L2": the case moves less than the cache '
+            f"holds. The bfloat16 matrix product reaches {limits['bf16_gemm_gflop_s']:.0f} GFLOP/s."
+        )
+    if failed:
+        lines[-1] += f" {failed} of {len(result['cases'])} cases failed and are not shown."
     return "\n".join(lines)
 
 
