@@ -2,12 +2,18 @@
 
 opcheck and `torch.compile` go through the dispatcher and so test the backend that serves; a second run with
 `BKDFAST_BACKEND=triton` tests Triton's there.
+
+Where the CUDA kernels were built, a backend that does not serve is a failure, not a skip.
 """
+
+import random
 
 import pytest
 import torch
 
 from bkdfast.ops import cosine_monitor, delta_sketch, norm_tap, patch_heads
+from bkdfast.ops._library import EXTENSION, FORCED
+from bkdfast.ops.monitor_state import NONE
 from tests.kernels.cases import (
     ADD,
     BF16,
@@ -17,7 +23,9 @@ from tests.kernels.cases import (
     FP32,
     FP64,
     MIX,
+    NAN,
     NORMS,
+    PATCH,
     SKETCH_DTYPES,
     SKETCHES,
     TOKEN_LAYOUTS,
@@ -38,6 +46,17 @@ from tests.kernels.cases import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 DTYPES = [FP32, FP16, BF16, FP64]
 EDIT, COSINE, TAP, MONITOR, SKETCH = patch_heads._op, cosine_monitor.OP, norm_tap.TAP, norm_tap.MONITOR, delta_sketch.OP
+FUSED = [  # also rows of whole 16-byte vectors, at prefill and at decode
+    (40, 70, 20, 3, 2, "runs"),
+    (2500, 300, 20, 3, 2, "runs"),
+    (300, 256, 40, 3, 2, "runs"),
+    (3, 64, 20, 3, 2, "distinct"),
+    (16, 4096, 20, 16, 2, "distinct"),
+]
+large = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 << 30,
+    reason="needs 60 GB of GPU memory",
+)
 _ids = {"ids": lambda value: str(value).replace("torch.", "")}
 
 
@@ -50,8 +69,12 @@ def serve(request):
     """Op -> callable of the backend under test."""
 
     def resolve(op):
-        if (status := op.backends()[request.param]) != "available":
+        if FORCED not in ("", request.param):
+            pytest.skip(f"BKDFAST_BACKEND={FORCED}")
+        status = op.backends()[request.param]
+        if status != "available" and (request.param == "triton" or EXTENSION.why_no_cuda() is not None):
             pytest.skip(f"{request.param}: {status}")
+        assert status == "available", f"built with its CUDA kernels, but {op.name} has none: {status}"
         return op.resolve(request.param, torch.device("cuda"))
 
     return resolve
@@ -84,6 +107,30 @@ def test_edits_of_a_large_batch(dtype, serve):
     check_edits(serve(EDIT), edits((16, 600, 8, 128), rows, [MIX] * 200 + [ADD], offset, dtype=dtype), "cuda")
 
 
+def test_warps_with_several_slices(serve):
+    # More chunks of tokens, times slices, than the launch has warps.
+    r = random.Random(0)
+    rows = [
+        [r.randrange(-1, 64), 0, s := r.randrange(1000), s + 90, r.randrange(64), r.randrange(8), 0] for _ in range(30)
+    ]
+    check_edits(serve(EDIT), edits((64, 1024, 64, 8), rows, [MIX, ADD, PATCH] * 10, dtype=BF16), "cuda")
+
+
+@large
+def test_edit_beyond_2_to_the_31_cells(serve):
+    length, last = (1 << 19) + 5, 8
+    z = torch.zeros(2, length, 4096, dtype=BF16, device="cuda")
+    part, table, *rest = edits((1, last, 32, 128), [[0, 0, 3, last, 30, 2, 0]], [MIX], dtype=BF16)
+    z[1, -last:] = part[0].cuda()
+    moved = table.clone()
+    moved[0, 0], moved[0, 2], moved[0, 3] = 1, length - last + 3, length
+    coefficients, source, _ = rest
+    serve(EDIT)(z, *cuda((moved, coefficients, source)), torch.zeros(1, 2, dtype=torch.int32, device="cuda"))
+    EDIT.reference(part, table, *rest)
+    assert torch.equal(z[1, -last:].cpu(), part[0])
+    assert not z[0].any() and not z[1, :-last].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TOKENS)
 def test_tokens(name, dtype, serve):
@@ -103,6 +150,50 @@ def test_many_tokens(size, dtype, serve):
     check_tokens(serve(COSINE), tokens(*size, dtype=dtype, seed=3), "cuda")
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_tiles_of_many_tokens(dtype, serve):
+    """Enough tokens and directions for the larger tile of the CUDA kernel, against all cosines at once."""
+    n, k = 8192, 130
+    x, directions, packed, ranges, extremes, counts, layer = tokens(n, 64, k, 5, 2, "runs", dtype=dtype)
+    ranges[:, :, 0], ranges[:, :, 1] = -0.9, 0.9  # no random cosine comes near
+    planted = torch.arange(7, n, 97)
+    x[planted] = (3 * directions[layer, planted % k]).to(dtype)
+    x[planted[::3], 5] = NAN
+    segment, row, position = packed.long()
+    wide = x.double()
+    cosine = wide @ directions[layer].double().T / wide.norm(dim=1, keepdim=True)  # [N, K]
+    bad = ~wide.isfinite().all(1)
+    offends = bad | ((row >= 0) & (row < 2) & (cosine.abs() > 0.9).any(1))
+    want, want_counts = extremes.double(), counts.clone()
+    for s in range(5):
+        here = segment == s
+        assert (here & bad).any() and (here & offends & ~bad).any()
+        want[layer, s, 0], want[layer, s, 1] = cosine[here & ~bad].amin(0), cosine[here & ~bad].amax(0)
+        want_counts[layer, s, 0] = (here & bad).sum()
+        want_counts[layer, s, 1] = position[here & offends].min()
+    state = cuda((x, directions, packed, ranges, extremes, counts))
+    serve(COSINE)(*state, layer)
+    assert torch.equal(state[5].cpu(), want_counts)
+    torch.testing.assert_close(state[4].cpu().double(), want, rtol=0, atol=2e-6)
+
+
+@large
+def test_tokens_beyond_2_to_the_31_cells(serve):
+    n, d = (1 << 20) + 3, 4096
+    x = torch.zeros(n, d, dtype=BF16, device="cuda")
+    _, directions, _, ranges, extremes, counts, layer = tokens(1, d, 3, 2, 0, "one")
+    packed = torch.zeros(3, n, dtype=torch.int32, device="cuda")
+    packed[0, -1], packed[2] = 1, torch.arange(n, device="cuda")
+    x[-1] = directions[layer, 0].to(BF16).cuda()
+    state = cuda((directions, ranges, extremes, counts))
+    serve(COSINE)(x, state[0], packed, *state[1:], layer)
+    last = x[-1].double().cpu()
+    cosine = directions[layer].double() @ last / last.norm()
+    assert cosine[0] > 0.99
+    torch.testing.assert_close(state[2][layer, 1].cpu().double(), cosine.expand(2, -1), rtol=0, atol=1e-5)
+    assert not state[2][layer, 0].any() and (state[3][..., 0] == 0).all() and (state[3][..., 1] == NONE).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind, bias", NORMS)
 @pytest.mark.parametrize("n, d", [(3, 64), (5, 37), (1, 1), (0, 8), (70, 4096), (2, 20000)])
@@ -117,7 +208,7 @@ def test_norm_tap(n, d, kind, bias, dtype, serve):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind, bias", NORMS)
-@pytest.mark.parametrize("size", [(40, 70, 20, 3, 2, "runs"), (2500, 300, 20, 3, 2, "runs")], **_ids)
+@pytest.mark.parametrize("size", FUSED, **_ids)
 def test_norm_monitor(size, kind, bias, dtype, serve):
     _, weight, shift, eps, _ = norm(1, size[1], kind, bias, dtype=dtype)
 
