@@ -29,6 +29,15 @@ _FUSE_DIRECTIONS = 64
 
 
 @triton.jit
+def _rsqrt(v):
+    """1 / sqrt(v), also of subnormal v: `tl.rsqrt` of float32 takes those for 0 in compiled kernels."""
+    if v.dtype == tl.float64:
+        return tl.rsqrt(v)
+    tiny = v < 2.0**-78
+    return tl.rsqrt(tl.where(tiny, v * 2.0**48, v)) * tl.where(tiny, 2.0**24, 1.0)
+
+
+@triton.jit
 def _scaled(x, mean, scale, w, b, KIND: tl.constexpr, dtype: tl.constexpr):
     """A tile of the norm from upcast x, w and b; it rounds where the models' modules do."""
     if KIND == 0:
@@ -88,7 +97,7 @@ def norm_tap_kernel(
             tl.store(step + at, raw, mask=at < d)
         centred = tl.where(at < d, raw.to(acc) - mean, 0.0)
         square += tl.sum(centred * centred, axis=0)
-    scale = tl.rsqrt(square / d + EPS)
+    scale = _rsqrt(square / d + EPS)
 
     for start in range(0, d, BLOCK_D):
         at = start + column
@@ -160,7 +169,7 @@ def norm_monitor_kernel(
             part = tl.load(x + rows[:, None] + column[None, :] * stride_d, mask=inside, other=0).to(tl.float32)
             centred = tl.where(inside, part - mean[:, None], 0.0)
             square += tl.sum(centred * centred, axis=1)
-    scale = tl.rsqrt(square / d + EPS)
+    scale = _rsqrt(square / d + EPS)
     steps = tl.cdiv(d, BLOCK_D)
     for back in range(0, steps):
         column = (steps - 1 - back) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)

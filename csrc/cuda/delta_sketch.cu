@@ -80,7 +80,7 @@ struct Reader<Any> {
 // Neighbouring cells of the delta in one row, zeros beyond the matrix; also counts them where kStatistics.
 template <typename W, typename Acc, bool kStatistics>
 __device__ __forceinline__ void read_delta(const Problem& p, int64_t row, int64_t column, int64_t last_row,
-                                           int64_t last_column, Acc* delta, double& square, int64_t& changed) {
+                                           int64_t last_column, Acc* delta, double& square, int32_t& changed) {
   constexpr int kSize = Reader<W>::kSize;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) delta[i] = 0;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void read_delta(const Problem& p, int64_t row, int64_
     to = static_cast<Acc>(tuned - base);
     if constexpr (kStatistics) {
       changed += !(base == tuned);
-      square += static_cast<double>(to) * static_cast<double>(to);
+      square = fma(static_cast<double>(to), static_cast<double>(to), square);
     }
   };
   if constexpr (std::is_same_v<W, Any>) {
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) y_kernel(const Problem p) {
   const Acc* x = static_cast<const Acc*>(p.x);
   Acc sums[8][4] = {};
   double square = 0;
-  int64_t changed = 0;
+  int32_t changed = 0;  // of this thread: at most the cells of its part
   for (int64_t from = part * p.per_part + warp * kColumns; from < last_column; from += kWarps * kColumns) {
     __syncwarp();  // a warp reads only what it staged itself
 #pragma unroll(kSize == 1 ? 2 : kRows / kStep)
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kThreads) y_kernel(const Problem p) {
   __shared__ double square_of[kWarps];
   __shared__ int64_t changed_of[kWarps];
   square = warp_sum(square);
-  changed = warp_sum(changed);
-  if (lane == 0) square_of[warp] = square, changed_of[warp] = changed;
+  const int64_t counted = warp_sum(int64_t{changed});
+  if (lane == 0) square_of[warp] = square, changed_of[warp] = counted;
   __syncthreads();
   if (threadIdx.x == 0) {
     p.squares[blockIdx.x] = ((square_of[0] + square_of[1]) + square_of[2]) + square_of[3];
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) z_kernel(const Problem p) {
   const Acc* y = static_cast<const Acc*>(p.y);
   Acc sums[8][4] = {};
   double square = 0;
-  int64_t changed = 0;
+  int32_t changed = 0;
   for (int64_t from = p.panel + part * p.per_part + warp * kColumns; from < last_row; from += kWarps * kColumns) {
     __syncwarp();
 #pragma unroll(kSize == 1 ? 2 : kColumns * kPieces / kWarp)

@@ -245,6 +245,12 @@ def check_tokens(launch: Callable, arguments: tuple, device: str) -> None:
 NORMS = [(RMS, False), (RMS_WIDE, False), (RMS_ONE, False), (LAYER, False), (LAYER, True)]
 
 
+def tiny_norm(kind, bias, *, dtype=FP32) -> tuple:
+    """Rows whose mean square is below the smallest normal float32, which 1 / sqrt must not take for 0; eps = 0."""
+    x, weight, shift, _, _ = norm(3, 64, kind, bias, dtype=FP64)
+    return *((x * 1e-20).to(dtype), weight.to(dtype), None if shift is None else shift.to(dtype)), 0.0, kind
+
+
 def norm(n, d, kind, bias, *, dtype=FP32, seed=0) -> tuple:
     """x, weight, bias, eps, kind."""
     g = torch.Generator().manual_seed(seed)

@@ -40,6 +40,7 @@ from tests.kernels.cases import (
     random_edits,
     sketch,
     storage,
+    tiny_norm,
     tokens,
 )
 
@@ -196,13 +197,21 @@ def test_tokens_beyond_2_to_the_31_cells(serve):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind, bias", NORMS)
-@pytest.mark.parametrize("n, d", [(3, 64), (5, 37), (1, 1), (0, 8), (70, 4096), (2, 20000)])
+@pytest.mark.parametrize("n, d", [(3, 64), (5, 37), (1, 1), (0, 8), (70, 4096), (2, 20000), (2, 40000)])
 def test_norm_tap(n, d, kind, bias, dtype, serve):
     arguments = norm(n, d, kind, bias, dtype=dtype)
     x, *rest = cuda(arguments)
     step = torch.full((3, n + 2, d), 5.0, dtype=dtype, device="cuda")
     check_norm(serve(TAP)(x, *rest, step, 1), arguments)
     assert torch.equal(step[1, :n], x) and (step[1, n:] == 5).all() and (step[::2] == 5).all()
+    check_norm(serve(TAP)(x, *rest, x.new_empty(0, 0, 0), 0), arguments)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("kind, bias", NORMS)
+def test_norm_tap_of_tiny_values(kind, bias, dtype, serve):
+    arguments = tiny_norm(kind, bias, dtype=dtype)
+    x, *rest = cuda(arguments)
     check_norm(serve(TAP)(x, *rest, x.new_empty(0, 0, 0), 0), arguments)
 
 

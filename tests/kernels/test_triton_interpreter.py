@@ -43,6 +43,7 @@ from tests.kernels.cases import (  # noqa: E402
     norm,
     random_edits,
     sketch,
+    tiny_norm,
     tokens,
 )
 
@@ -153,6 +154,12 @@ class TestNorm:
     @pytest.mark.parametrize("n, d", [(3, 64), (5, 37), (1, 1), (0, 8)])
     def test_norm_alone(self, n, d, kind, bias, dtype):
         arguments = norm(n, d, kind, bias, dtype=dtype)
+        check_norm(_unfused(*arguments), arguments)
+
+    @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+    @pytest.mark.parametrize("kind, bias", NORMS)
+    def test_tiny_values(self, kind, bias, dtype):
+        arguments = tiny_norm(kind, bias, dtype=dtype)
         check_norm(_unfused(*arguments), arguments)
 
     @pytest.mark.parametrize("kind, bias", NORMS)
