@@ -69,11 +69,11 @@ def observe(
     bounds = ranges + ((block * range_rows + row) * 2 * k)[:, None] + direction[None, :]
     low = tl.load(bounds, mask=judged, other=-float("inf"))
     high = tl.load(bounds + k, mask=judged, other=float("inf"))
-    beyond = judged & ((cosine < low) | (cosine > high))
+    beyond = judged & ~((cosine >= low) & (cosine <= high))  # NaN, of either, is outside
     offends = observed & (~finite | (tl.max(beyond.to(tl.int32), axis=1) > 0))
     # Every tile of directions sees the same tokens: the first one counts those that are not finite.
     lost = observed & ~finite & (tl.min(direction, axis=0) == 0)
-    enters = (observed & finite)[:, None] & chosen
+    enters = (observed & finite)[:, None] & chosen & (cosine == cosine)
 
     last = tl.max(tl.where(observed, segment, -1), axis=0)
     if last >= 0:

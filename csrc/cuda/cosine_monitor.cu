@@ -64,7 +64,7 @@ __device__ __forceinline__ float cosine_of(float dot, float square) {
 __device__ __forceinline__ bool outside(const Monitor& p, int64_t block, int64_t range, int64_t k, float cosine) {
   if (range < 0) return false;
   const float* bounds = p.ranges + (block * p.range_rows + range) * 2 * p.count + k;
-  return cosine < bounds[0] || cosine > bounds[p.count];
+  return !(cosine >= bounds[0] && cosine <= bounds[p.count]);  // NaN, of either, is outside
 }
 
 __device__ __forceinline__ int32_t* counts_of(const Monitor& p, int64_t block, int64_t segment) {
@@ -74,8 +74,8 @@ __device__ __forceinline__ int32_t* counts_of(const Monitor& p, int64_t block, i
 __device__ __forceinline__ void enter(const Monitor& p, int64_t block, int64_t segment, int64_t k, float low,
                                       float high) {
   float* extremes = p.extremes + (block * p.segments + segment) * 2 * p.count + k;
-  atomic_min(extremes, low);
-  atomic_max(extremes + p.count, high);
+  if (low == low) atomic_min(extremes, low);  // NaN enters no extreme
+  if (high == high) atomic_max(extremes + p.count, high);
 }
 
 __device__ __forceinline__ void not_finite(const Monitor& p, int64_t block, const Token& token) {
