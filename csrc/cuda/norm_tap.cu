@@ -3,8 +3,8 @@
 // Floor: x read and y written once; norm_tap also writes one row a token. Not measured yet.
 //
 // A block takes a row and keeps it in registers between the passes (LAYER: mean, centred squares, output; the others
-// skip the first), at most four 16-byte pieces a thread: up to 32768 cells of 16 bits. Wider rows are read again from the
-// caches in the same pieces, other layouts cell by cell.
+// skip the first), at most four 16-byte pieces a thread: up to 32768 cells of 16 bits. Wider rows are read again from
+// the caches in the same pieces, other layouts cell by cell.
 //
 // norm_monitor is one launch of the cosine kernel (cosine_monitor.cu), whose blocks also normalise the rows that they
 // have just read: x comes from memory once. Only rows that cannot be read in 16-byte vectors, and float64, take two
@@ -32,7 +32,7 @@ void launch_norm_as(const Launcher& launch, const Norm& p) {
   const int64_t pieces = p.width / (p.whole ? kSize : 1);
   // Two pieces a thread while that fills a block: enough loads in flight, and few warps to sum over.
   const int64_t threads = std::clamp<int64_t>(ceil_div(pieces, 2 * kWarp) * kWarp, kWarp, kMostThreads);
-  const auto kernel = !p.whole                     ? norm_kernel<T, 1, 0>
+  const auto kernel = !p.whole                    ? norm_kernel<T, 1, 0>
                       : pieces <= kHeld * threads ? norm_kernel<T, kSize, kHeld>
                                                   : norm_kernel<T, kSize, 0>;
   launch(kernel, p.rows, static_cast<int>(threads), p);
