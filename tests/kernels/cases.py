@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from bkdfast.ops import norm_tap, patch_heads
+from bkdfast.ops import cosine_monitor, norm_tap, patch_heads
 from bkdfast.ops.delta_sketch import reference as sketch_reference
 from bkdfast.ops.edit_table import OPEN
-from bkdfast.ops.monitor_state import MonitorState
+from bkdfast.ops.monitor_state import NONE, MonitorState
 from bkdfast.ops.norm_tap import LAYER, RMS, RMS_ONE, RMS_WIDE
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -323,3 +323,17 @@ def check_sketch(launch: Callable, arguments: tuple, device: str) -> tuple:
         assert torch.equal(square.isnan(), ref_square.isnan()) and not square.isfinite()
     assert changed.item() == (w0.double() != w1.double()).sum().item()
     return y, z, square, changed
+
+
+def check_nan(launch: Callable, device: str) -> None:
+    """Directions and ranges can be changed in place: NaN in them makes judged tokens offend, and enters no extreme."""
+    for n in (5, 40):
+        for name in (1, 3):  # directions, ranges
+            *tensors, layer = tokens(n, 24, 5, 2, 2, "runs")
+            tensors[name][:, 0] = NAN
+            moved = [move(tensor, device) for tensor in tensors]
+            launch(*moved, layer)
+            cosine_monitor.OP.reference(*tensors, layer)
+            torch.testing.assert_close(moved[4].cpu(), tensors[4], rtol=0, atol=2e-6)
+            assert torch.equal(moved[5].cpu(), tensors[5])
+            assert not moved[4].isnan().any() and (tensors[5][layer, :, 1] != NONE).any()

@@ -293,3 +293,7 @@ def check_sketch(got, base, tuned, x):
     assert ((got[1].double() - delta.T @ y).abs() <= 16 * eps * (delta.abs().T @ bound)).all()
     torch.testing.assert_close(got[2], delta.square().sum(), rtol=2 * eps, atol=0)
     assert got[3].item() == (delta != 0).sum().item()
+
+
+def test_nan_directions_and_ranges(kernels, order):
+    check_nan(kernels.cosine_monitor, "cpu")

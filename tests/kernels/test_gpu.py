@@ -31,6 +31,7 @@ from tests.kernels.cases import (
     TOKEN_LAYOUTS,
     TOKENS,
     check_edits,
+    check_nan,
     check_norm,
     check_sketch,
     check_tokens,
@@ -371,3 +372,7 @@ def test_a_graph_of_norms_keeps_the_step(serve):
         graph.replay()
         check_norm(y, arguments)
         assert torch.equal(step[1, :5], x) and not storage(step[0].clone()).any()
+
+
+def test_nan_directions_and_ranges(serve):
+    check_nan(serve(COSINE), "cuda")

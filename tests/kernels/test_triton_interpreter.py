@@ -36,6 +36,7 @@ from tests.kernels.cases import (  # noqa: E402
     TOKENS,
     ZERO,
     check_edits,
+    check_nan,
     check_norm,
     check_sketch,
     check_tokens,
@@ -256,3 +257,7 @@ class TestDeltaSketch:
             if side in (name, "both"):
                 weight[4, 5] = value
         check_sketch(delta_sketch.launch, (w0, w1, x), "cpu")
+
+
+def test_nan_directions_and_ranges():
+    check_nan(cosine_monitor.launch, "cpu")
