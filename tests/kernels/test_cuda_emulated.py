@@ -19,6 +19,7 @@ from bkdfast.ops import cosine_monitor, norm_tap, patch_heads
 from bkdfast.ops.delta_sketch import OP as SKETCH
 from bkdfast.ops.delta_sketch import sketch_dtype
 from bkdfast.ops.monitor_state import NONE, MonitorState
+from tests.kernels.cases import check_nan
 
 ROOT = Path(__file__).resolve().parents[2]
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
