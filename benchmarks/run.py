@@ -103,6 +103,7 @@ def measure(case: Case, device: torch.device, rounds: int, limits: dict[str, flo
         "op": case.op,
         "name": case.name,
         "goal": case.goal,
+        "rival": case.rival,
         "bytes": case.bytes,
         "flops": case.flops,
         "floor_us": floor * 1e6,

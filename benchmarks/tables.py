@@ -28,7 +28,16 @@ def table(result: dict) -> str:
     facts, limits = result["machine"], result["ceilings"]
     cases = [case for case in result["cases"] if "error" not in case]
     failed, gpu = len(result["cases"]) - len(cases), "gpu" in facts
-    titles = ["op", "case", "bkdfast", *["call by call"] * gpu, "best plain PyTorch", "speedup", "of the floor"]
+    titles = [
+        "op",
+        "case",
+        "bkdfast",
+        *["call by call"] * gpu,
+        "best plain PyTorch",
+        "speedup",
+        "speedup over what people write",
+        "of the floor",
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for case in cases:
         for name, version in case["versions"].items():
@@ -37,7 +46,8 @@ def table(result: dict) -> str:
             took, speedup, beside, plain = shown(case, name)
             cells = [f"`{case['op']}`", case["name"] + ", from L2" * case.get("from_l2", False)]
             cells += [f"{duration(took)} ({name})", *[duration(version["median_us"])] * gpu]
-            cells += [f"{duration(beside)} ({plain})", f"{speedup:.3g}x", f"{case['floor_us'] / took:.0%}"]
+            cells += [f"{duration(beside)} ({plain})", f"{speedup:.3g}x", rival(case, took)]
+            cells += [f"{case['floor_us'] / took:.0%}"]
             lines.append(f"| {' | '.join(cells)} |")
     units = f"driver {facts['driver']}, " if gpu else f"{facts['isa']}, "
     lines += [
@@ -59,6 +69,14 @@ def table(result: dict) -> str:
     if failed:
         lines[-1] += f" {failed} of {len(result['cases'])} cases failed and are not shown."
     return "\n".join(lines)
+
+
+def rival(case: dict, took: float) -> str:
+    """Speedup over the version that people write, where it is not the fastest one."""
+    name = case.get("rival")
+    if name is None or name == case["best_plain"]:
+        return ""
+    return f"{case['versions'][name]['median_us'] / took:.3g}x ({name})"
 
 
 def duration(microseconds: float) -> str:
