@@ -76,7 +76,8 @@ def rival(case: dict, took: float) -> str:
     name = case.get("rival")
     if name is None or name == case["best_plain"]:
         return ""
-    return f"{case['versions'][name]['median_us'] / took:.3g}x ({name})"
+    ratio = case["versions"][name]["median_us"] / took
+    return f"{ratio:,.0f}x ({name})" if ratio >= 1000 else f"{ratio:.3g}x ({name})"
 
 
 def duration(microseconds: float) -> str:
