@@ -264,10 +264,10 @@ def test_training_of_biases_alone():
 def test_forward_mode_gradients_are_kept():
     from torch.autograd import forward_ad
 
-    model = zoo.build("gpt2", attn_implementation="eager").requires_grad_(False)
+    model = zoo.build("gpt2", attention="eager").requires_grad_(False)
     x = torch.randn(1, 4, 48)
     with bf.Monitor(directions_for()).attach(model), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        dual = forward_ad.make_dual(x, torch.randn_like(x))
         logits = model(inputs_embeds=dual).logits
         assert forward_ad.unpack_dual(logits).tangent.norm() > 0
 
