@@ -76,6 +76,12 @@ class Edit:
             object.__setattr__(moved, name, value)
         return moved
 
+    def with_source(self, source: torch.Tensor) -> Edit:
+        """The same edit with another source."""
+        changed = copy.copy(self)
+        object.__setattr__(changed, "source", source)
+        return changed
+
     def __repr__(self) -> str:
         where = {"layer": self.layer, "head": self.head, "neuron": self.neuron, "rows": self.rows}
         shown = [f"{name}={value}" for name, value in where.items() if value is not None]

@@ -31,6 +31,8 @@ class Family:
     causal: bool = True
     pre_norm: bool = True
     """The first of the norms reads the block's input."""
+    mlp: str | None = None
+    """The whole MLP, where there is no single down projection."""
     entry: str = ""
     """The module, from the base model, that every call goes through; OPT's head calls its decoder directly."""
 
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _GEMMA_VISION,
     "olmo2": Family("layers", "self_attn.o_proj", "mlp.down_proj", _POST, "norm", pre_norm=False),
     # Mixture of experts: there is no single down projection.
-    "mixtral": Family("layers", "self_attn.o_proj", None, _PRE, "norm"),
+    "mixtral": Family("layers", "self_attn.o_proj", None, _PRE, "norm", mlp="mlp"),
     "gpt2": Family("h", "attn.c_proj", "mlp.c_proj", ("ln_1", "ln_2"), "ln_f", transposed=True),
     "gpt_neox": Family("layers", "attention.dense", "mlp.dense_4h_to_h", _PRE, "final_layer_norm"),
     # Which norms a Falcon has depends on its generation; those that exist are taken.
@@ -238,6 +240,7 @@ def block_spec(block: torch.nn.Module, path: str, line: Family, heads: int) -> B
         head_dim=width // heads,
         neurons=in_features(names[down]) if down else None,
         input_norm=norms[0] if norms and first else None,
+        mlp=_join(path, line.mlp) if line.mlp and line.mlp in names else None,
     )
 
 

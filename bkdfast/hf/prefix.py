@@ -1,100 +1,170 @@
-"""Layer prefix: rerun a model from block l on, from the residual stream of an earlier run.
+"""Layer prefix: rerun a model from inside block l on, from what an earlier run left there.
 
 A variant whose first edit is at layer l equals the base run up to there. The model's OWN forward runs, with the blocks
-before l short-circuited and the stored residual stream put in at l, so masks, rotary embeddings, soft caps and the head
-stay the model's business. (Calling the blocks again with recorded arguments does not work in general: caches in them
-have been changed, position tensors need their own expansion, some families return tuples.)
+before l and the edited part of block l stood in for by recorded outputs, so masks, rotary embeddings, soft caps and the
+head stay the model's business. (Calling the blocks again with recorded arguments does not work in general: caches in
+them have been changed, position tensors need their own expansion, some families return tuples.)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from bkdfast.errors import UnsupportedModelError
 from bkdfast.hf.spec import ModelSpec, submodule
 
+ATTENTION, MLP, RESIDUAL = "attention", "mlp", "residual"
 
-class ResidualRecord:
-    """The residual stream entering each block in a base run, and how each block returns its output."""
 
-    def __init__(self, model: torch.nn.Module, spec: ModelSpec) -> None:
-        self._blocks = [submodule(model, block.block) for block in spec.blocks]
-        self._paths = [block.block for block in spec.blocks]
-        self.streams: dict[int, torch.Tensor] = {}
-        self._outputs: dict[int, int | None] = {}
+@dataclass
+class Output:
+    """Output of one part of a block: `value [B, T, D]`, and the module that can be stood in for.
+
+    `module` is the outermost one that returns just this (all of attention, not only its projection), `count` the length
+    of the tuple it returns (None: no tuple).
+    """
+
+    value: torch.Tensor
+    module: torch.nn.Module
+    count: int | None = None
+
+
+@dataclass
+class Recording:
+    """What one forward leaves for its variants.
+
+    Attributes:
+        spec: the model.
+        streams: residual stream `[B, T, D]` after each block.
+        z: per-head outputs `[B, T, H * Dh]`, the input of each attention output projection.
+        attention: output of each attention output projection.
+        mlp: output of each MLP.
+    """
+
+    spec: ModelSpec
+    model: torch.nn.Module
+    streams: dict[int, torch.Tensor] = field(default_factory=dict)
+    z: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, Output] = field(default_factory=dict)
+    mlp: dict[int, Output] = field(default_factory=dict)
+    _returns: dict[int, int | None] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def record(self) -> Iterator[None]:
-        """Record the forward that runs inside this context."""
+    def record(self, layers: Iterable[int], *, z: bool = False, mlp: bool = False) -> Iterator[None]:
+        """Record the forward that runs inside this context.
 
-        def entering(layer):
-            def hook(module, args, kwargs):
-                self.streams[layer] = _hidden(args, kwargs, self._paths[layer])[0].detach().clone()
+        Args:
+            layers: layers to be edited later on; the streams that lead to them are kept.
+            z: keep the inputs of their attention output projections.
+            mlp: keep the outputs of their MLPs.
+        """
+        handles = []
 
-            return hook
+        def watch(path: str, hook: Callable) -> None:
+            handles.append(submodule(self.model, path).register_forward_hook(hook))
 
-        def leaving(layer):
-            def hook(module, args, output):
-                self._outputs[layer] = len(output) if isinstance(output, tuple) else None
-
-            return hook
-
-        handles = [
-            handle
-            for layer, block in enumerate(self._blocks)
-            for handle in (
-                block.register_forward_pre_hook(entering(layer), with_kwargs=True),
-                block.register_forward_hook(leaving(layer)),
-            )
-        ]
+        wanted = set(layers)
         try:
+            for layer, block in enumerate(self.spec.blocks):
+                watch(block.block, self._stream(layer, layer + 1 in wanted or layer in wanted))
+                if layer in wanted:
+                    watch(block.out_proj, self._projection(self.attention, layer, z))
+                    self._around(watch, self.attention, layer, block.out_proj)
+                    if mlp and (path := block.mlp_output) is not None:
+                        watch(path, self._projection(self.mlp, layer, False))
+                        self._around(watch, self.mlp, layer, path)
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _stream(self, layer: int, keep: bool) -> Callable:
+        def hook(module, args, output):
+            self._returns[layer] = len(output) if isinstance(output, tuple) else None
+            if keep:
+                self.streams[layer] = first(output).detach()
+
+        return hook
+
+    def _projection(self, found: dict[int, Output], layer: int, z: bool) -> Callable:
+        def hook(module, args, output):
+            count = len(output) if isinstance(output, tuple) else None
+            found[layer] = Output(first(output).detach(), module, count)
+            if z:
+                self.z[layer] = args[0].detach()
+
+        return hook
+
+    def _around(self, watch: Callable, found: dict[int, Output], layer: int, path: str) -> None:
+        """The module around a projection stands in for it where it returns the same (no residual or norm inside)."""
+        outer = path.rpartition(".")[0]
+        if outer in ("", self.spec.blocks[layer].block):
+            return
+
+        def hook(module, args, output):
+            seen = found[layer]
+            if first(output).shape == seen.value.shape and torch.equal(first(output), seen.value):
+                found[layer] = Output(seen.value, module, len(output) if isinstance(output, tuple) else None)
+
+        watch(outer, hook)
+
     @contextlib.contextmanager
-    def resume(self, layer: int, copies: int) -> Iterator[None]:
-        """Forwards inside this context start at `layer`, with `copies` stacked copies of the recorded batch."""
-        stream = self.streams[layer].repeat(copies, 1, 1)
+    def resume(self, layer: int, stream: torch.Tensor | None, parts: Iterable[Output] = ()) -> Iterator[None]:
+        """Forwards inside this context begin at `layer`.
 
-        def passing(count):
-            def forward(*args, **kwargs):
-                hidden = _hidden(args, kwargs, "a block")[0]
-                return hidden if count is None else (hidden, *[None] * (count - 1))
-
-            return forward
-
-        def entering(module, args, kwargs):
-            _, name = _hidden(args, kwargs, self._paths[layer])
-            if name is None:
-                return (stream, *args[1:]), kwargs
-            return args, {**kwargs, name: stream}
-
-        skipped = self._blocks[:layer]
-        own = [block.__dict__.get("forward") for block in skipped]
-        handle = self._blocks[layer].register_forward_pre_hook(entering, with_kwargs=True)
-        try:
-            for i, block in enumerate(skipped):
-                block.forward = passing(self._outputs[i])
+        Args:
+            layer: the first block that runs; the number of layers: none does.
+            stream: residual stream `[R, T, D]` that enters it; None for layer 0: the embeddings do.
+            parts: outputs `[R, T, D]` to stand in for parts of that block.
+        """
+        with contextlib.ExitStack() as stack:
+            for i in range(layer):
+                block = submodule(self.model, self.spec.blocks[i].block)
+                last = stream if i == layer - 1 else None
+                stack.enter_context(stub(block, _passing(last, self._returns[i])))
+            for part in parts:
+                stack.enter_context(stub(part.module, _passing(part.value, part.count)))
             yield
-        finally:
-            handle.remove()
-            for block, forward in zip(skipped, own, strict=True):
-                if forward is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.forward = forward
 
 
-def _hidden(args: tuple, kwargs: dict, path: str) -> tuple[torch.Tensor, str | None]:
-    """The residual stream among a block's arguments, and its keyword (None: the first positional)."""
+def _passing(value: torch.Tensor | None, count: int | None) -> Callable:
+    """A forward that returns `value` (None: the stream it gets) the way the module does."""
+
+    def forward(*args, **kwargs):
+        found = _hidden(args, kwargs) if value is None else value
+        return found if count is None else (found, *[None] * (count - 1))
+
+    return forward
+
+
+@contextlib.contextmanager
+def stub(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
+    """Within this context `module` runs `forward` instead of its own; hooks on it still run."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = own
+
+
+def first(output: torch.Tensor | tuple) -> torch.Tensor:
+    """A module's output, or the first of the tuple it returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The residual stream among a block's arguments."""
     if args and isinstance(args[0], torch.Tensor):
-        return args[0], None
+        return args[0]
     for name in ("hidden_states", "hidden_state", "x"):
         if isinstance(kwargs.get(name), torch.Tensor):
-            return kwargs[name], name
-    raise UnsupportedModelError(f"{path} is not called with the residual stream as its first argument")
+            return kwargs[name]
+    raise UnsupportedModelError("a block is not called with the residual stream as its first argument")

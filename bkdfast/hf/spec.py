@@ -27,6 +27,7 @@ class BlockSpec:
         head_dim: size Dh of one head's slice of z.
         neurons: size M of the MLP's hidden layer, None where `down_proj` is None.
         input_norm: the norm that reads the block's input before anything else does, None where there is none.
+        mlp: the whole MLP, where there is no single down projection (mixture of experts).
     """
 
     block: str
@@ -37,6 +38,12 @@ class BlockSpec:
     head_dim: int
     neurons: int | None
     input_norm: str | None = None
+    mlp: str | None = None
+
+    @property
+    def mlp_output(self) -> str | None:
+        """The module whose output is the MLP's."""
+        return self.down_proj or self.mlp
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class ModelSpec:
         if self.final_norm is not None:
             submodule(model, self.final_norm)
         for layer, block in enumerate(self.blocks):
-            for path in (block.block, block.out_proj, block.down_proj, block.input_norm, *block.norms):
+            for path in (block.block, block.out_proj, block.down_proj, block.input_norm, block.mlp, *block.norms):
                 if path is not None:
                     submodule(model, path)
             _check_width(submodule(model, block.out_proj), block.heads * block.head_dim, layer, block)

@@ -1,103 +1,131 @@
 """Re-check random cells of a sweep the slow way: a plain hook that clones and assigns, and a full forward.
 
 Shares nothing with the engine but the model and the metric: positions and sources are read off the edit by plain
-indexing, no block is skipped, all logits are computed.
+indexing, no block is skipped, no row is shifted, all logits are computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from bkdfast.errors import VerificationError
 from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.positions import prompt_ends
-from bkdfast.hf.prepare import Prepared
-from bkdfast.hf.spec import submodule
+from bkdfast.hf.spec import ModelSpec, submodule
 from bkdfast.sweep.metrics import Metric, Scored
+from bkdfast.sweep.variants import ATTENTION, HEADS, MLP, Variant
+
+if TYPE_CHECKING:
+    from bkdfast.sweep.engine import Sweep
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest plausible difference of two exact ways to compute a metric, relative to its size (here and on average)."""
 
 
-def check_cells(
-    model: torch.nn.Module,
-    state: Prepared,
-    template: Edit,
-    metric: Metric,
-    jobs: Sequence[tuple[torch.Tensor, Scored]],
-    wanted: Sequence[tuple[int, int]],
-    effects: torch.Tensor,
-    baseline: torch.Tensor,
-    count: int,
-) -> float:
-    """Compute `count` random (batch, head) cells again; returns the largest relative difference.
+def check_cells(job: Sweep, scores: torch.Tensor, count: int) -> float:
+    """Compute `count` random (batch, variant) cells again; returns the largest relative difference.
 
-    `jobs` has, for each batch, the prompt's attention mask `[B, T]` and the metric's inputs; the other arguments are
-    the sweep's.
+    Args:
+        job: the sweep.
+        scores: `[M, *shape, N]`, what it found.
+        count: number of cells.
 
     Raises:
         VerificationError: a cell differs by more than rounding.
     """
     draw = random.Random(0)
-    starts = [0]
-    for mask, _ in jobs:
-        starts.append(starts[-1] + len(mask))
+    flat = scores.flatten(1, -2)
     worst = 0.0
     for _ in range(count):
-        number, (layer, head) = draw.randrange(len(jobs)), draw.choice(wanted)
-        rows = slice(starts[number], starts[number + 1])
-        again = plain_cell(model, state, template, layer, head, metric, *jobs[number]).cpu()
-        engine = effects[layer, head, rows] + baseline[rows]
-        error = ((again - engine).abs() / (baseline.abs().mean() + again.abs()).clamp(min=1e-30)).max().item()
-        worst = max(worst, error)
-        if not error <= TOLERANCE[state.dtype]:
-            raise VerificationError(
-                f"layer {layer}, head {head}, batch {number}: the engine says {engine.tolist()}, a plain hook says "
-                f"{again.tolist()} ({metric.name}); the model's structure is not what was assumed; please report the "
-                f"model type ({state.spec.family!r})"
-            )
+        number, variant = draw.randrange(len(job.jobs)), draw.choice(job.grid.variants)
+        layout, first = job.jobs[number].layout, job.jobs[number].first
+        for m, scored in zip(job.members[number], layout.scored, strict=True):
+            metric = job.metrics[m]
+            again, base = plain_scores(job, variant, metric, scored, layout.last)
+            engine = flat[m, variant.index, first : first + layout.rows]
+            error = ((again - engine).abs() / (base.abs().mean() + again.abs()).clamp(min=1e-30)).max().item()
+            worst = max(worst, error)
+            if not error <= TOLERANCE[job.state.dtype]:
+                raise VerificationError(
+                    f"{list(variant.edits)}, batch {number}: the engine says {engine.tolist()}, a plain hook says "
+                    f"{again.tolist()} ({metric.name}); the model's structure is not what was assumed; please report "
+                    f"the model type ({job.state.spec.family!r})"
+                )
     return worst
 
 
-def plain_cell(
-    model: torch.nn.Module,
-    state: Prepared,
-    edit: Edit,
-    layer: int,
-    head: int,
-    metric: Metric,
-    mask: torch.Tensor,
-    scored: Scored,
-) -> torch.Tensor:
-    """The metric `[B]` of one edited head, by a plain hook."""
-    block = state.spec.blocks[layer]
-    begin, end = (x.tolist() for x in prompt_ends({"input_ids": mask, "attention_mask": mask}))
-    own = slice(head * block.head_dim, (head + 1) * block.head_dim)
+def plain_scores(
+    job: Sweep, variant: Variant, metric: Metric, scored: Scored, last: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The metric `[B]` of one variant by plain hooks, and of the unedited model; float64 on the host."""
+    rows = torch.arange(len(scored.read), device=scored.read.device)[:, None]
 
-    def hook(module: torch.nn.Module, args: tuple):
-        z = args[0].clone()
-        for row in range(len(mask)):
-            columns = _columns(edit.at, begin[row], end[row], z.shape[1], row)
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return job.model(**scored.batch)[0][rows, scored.read]
+
+    base = run()
+    with plain_edits(job.model, job.state.spec, job.grid.site, variant, scored, last):
+        edited = run()
+    state = metric.begin(base.flatten(0, 1), scored) if metric.needs_base else None
+    return metric.score(edited, scored, state).double().cpu(), metric.score(base, scored, state).double().cpu()
+
+
+@contextlib.contextmanager
+def plain_edits(
+    model: torch.nn.Module, spec: ModelSpec, site: str, variant: Variant, scored: Scored, last: list[int]
+) -> Iterator[None]:
+    """Forwards inside this context carry the variant's edits, made by hooks that clone and assign."""
+    ids = scored.batch["input_ids"]
+    begin, _ = prompt_ends(
+        {"input_ids": ids, "attention_mask": scored.batch.get("attention_mask", torch.ones_like(ids))}
+    )
+    begins = begin.tolist()
+
+    def edited(edit: Edit, x: torch.Tensor) -> torch.Tensor:
+        flat, x = x.shape, x.clone().view(*ids.shape, -1)
+        block = spec.blocks[edit.layer]  # type: ignore[index]
+        own = slice(edit.head * block.head_dim, (edit.head + 1) * block.head_dim) if site == HEADS else slice(None)  # type: ignore[operator]
+        for row, start in enumerate(begins):
+            columns = _columns(edit.at, start, start + last[row], x.shape[1], row)
             if edit.source is not None and edit.source.dim() == 5:  # one entry a token, for as many as there are
                 columns = columns[: edit.source.shape[1]]
             for i, column in enumerate(columns):
-                new = edit.a * z[row, column, own]
+                new = edit.a * x[row, column, own]
                 if edit.source is not None:
-                    new = new + edit.b * _source(edit.source, row, i, layer, head).to(z)
-                z[row, column, own] = new
-        return (z, *args[1:])
+                    new = new + edit.b * _source(edit, row, i).to(x)
+                x[row, column, own] = new
+        return x.view(flat)
 
-    handle = submodule(model, block.out_proj).register_forward_pre_hook(hook)
+    def on_input(edit: Edit):
+        return lambda module, args: (edited(edit, args[0]), *args[1:])
+
+    def on_output(edit: Edit):
+        def hook(module, args, output):
+            if isinstance(output, tuple):
+                return (edited(edit, output[0]), *output[1:])
+            return edited(edit, output)
+
+        return hook
+
+    handles = []
+    for edit in variant.edits:
+        block = spec.blocks[edit.layer]  # type: ignore[index]
+        if site == HEADS:
+            handles.append(submodule(model, block.out_proj).register_forward_pre_hook(on_input(edit)))
+        else:
+            path = {ATTENTION: block.out_proj, MLP: block.mlp_output}.get(site, block.block)
+            handles.append(submodule(model, path or block.block).register_forward_hook(on_output(edit)))
     try:
-        with torch.no_grad():
-            logits = model(**scored.batch)[0]
+        yield
     finally:
-        handle.remove()
-    rows = torch.arange(len(mask), device=logits.device)[:, None]
-    return metric.score(logits[rows, scored.read], scored)
+        for handle in handles:
+            handle.remove()
 
 
 def _columns(at: At, begin: int, end: int, width: int, row: int) -> list[int]:
@@ -118,11 +146,14 @@ def _columns(at: At, begin: int, end: int, width: int, row: int) -> list[int]:
     return [(prompt + later)[int(at[row])]]
 
 
-def _source(source: torch.Tensor, row: int, token: int, layer: int, head: int) -> torch.Tensor:
+def _source(edit: Edit, row: int, token: int) -> torch.Tensor:
+    """The source's entry `[W]` of one cell."""
+    source = edit.source
+    assert source is not None
     if source.dim() < 3:
         return source if source.dim() == 1 else source[0]
     if source.dim() == 4:
         source = source[row]
     elif source.dim() == 5:
-        source = source[row, token]
-    return source[layer, head]
+        source = source[row if len(source) > 1 else 0, token]
+    return source[edit.layer, edit.head]

@@ -8,7 +8,7 @@ import transformers
 
 import bkdfast as bf
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError, ModelStateError, NonFiniteError, VerificationError
-from bkdfast.sweep import engine
+from bkdfast.sweep import base as base_run
 from tests.hf import zoo
 
 ROWS, TOKENS = 3, 9
@@ -190,18 +190,18 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("broken", ["dropped", "off by one token", "wrong head"])
 def test_verify_goes_red_when_the_engine_is_wrong(monkeypatch, broken):
     """Mutation test: an engine that edits nothing, the wrong token or the wrong head must not pass."""
-    right = engine.lower
+    right = base_run.lower
 
     def wrong(edits, spec, *, variants, last, **options):
         if broken == "dropped":
-            variants = [[] for _ in variants]
+            variants = [[bf.Scale(1.0, e.layer, e.head, at=e.at) for e in variant] for variant in variants]
         if broken == "wrong head":
             variants = [[edit.to(head=(edit.head + 1) % zoo.HEADS) for edit in variant] for variant in variants]
         if broken == "off by one token":
             last = [position - 1 for position in last]
         return right(edits, spec, variants=variants, last=last, **options)
 
-    monkeypatch.setattr(engine, "lower", wrong)
+    monkeypatch.setattr(base_run, "lower", wrong)
     source = torch.randn(zoo.LAYERS, zoo.HEADS, 16) * 2
     with pytest.raises(VerificationError, match="plain hook"):
         bf.sweep(
@@ -230,18 +230,18 @@ def test_untested_families_are_verified_by_default():
 
 def test_out_of_memory_halves_the_batch(monkeypatch):
     model = zoo.build("llama")
-    run, sizes = engine._BatchRun.run, []
+    run, sizes = base_run.BaseRun.scores, []
 
-    def limited(self, copies):
-        sizes.append(copies)
-        if copies > 1:
+    def limited(self, variants, start):
+        sizes.append(len(variants))
+        if len(variants) > 1:
             raise torch.OutOfMemoryError("pretend")
-        return run(self, copies)
+        return run(self, variants, start)
 
-    monkeypatch.setattr(engine._BatchRun, "run", limited)
+    monkeypatch.setattr(base_run.BaseRun, "scores", limited)
     options = dict(edit=bf.Zero(), metric=bf.metrics.target_prob([5]), progress=False)
     small = bf.sweep(model, zoo.batch(), variants=4, **options)
-    assert sizes[:4] == [1, 4, 2, 1] and small.facts["variants"] == 1
+    assert sizes == [4, 2, *[1] * 12], "once it is known what fits, nothing larger is tried"
     monkeypatch.undo()
     torch.testing.assert_close(small.effects, bf.sweep(model, zoo.batch(), variants=1, **options).effects)
 
