@@ -40,3 +40,11 @@ class BackendError(BkdfastError, RuntimeError):
 
 class VerificationError(BkdfastError, AssertionError):
     """A re-check found a result that differs from the plain computation by more than rounding."""
+
+
+class StoreError(BkdfastError, RuntimeError):
+    """A folder of results cannot be read, written or shared; the message says which finished work is kept."""
+
+
+class MissingDependencyError(BkdfastError, ImportError):
+    """An optional dependency is not installed; the message says how to install it."""

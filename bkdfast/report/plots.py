@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
-from bkdfast.errors import BkdfastError, InvalidArgumentError
+from bkdfast.errors import InvalidArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,10 +52,6 @@ _STYLE: Any = {
 }
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-class MissingDependencyError(BkdfastError, ImportError):
-    """An optional dependency is not installed; the message says how to install it."""
 
 
 @contextlib.contextmanager

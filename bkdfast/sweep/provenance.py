@@ -1,0 +1,267 @@
+"""What a sweep's numbers came from: hashes of weights, data, edit and metrics, versions, machine.
+
+`manifest` puts it all into one JSON-able dict. It identifies a result store (`bkdfast.sweep.store`) and is saved with
+a result. Hashes are the first 32 hex digits of SHA-256 and do not depend on device, batch or process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WHOLE = 4 << 30
+"""Models of at most this many bytes are hashed whole (about 2 s); of larger ones a sum and a sample."""
+SAMPLE = 4096
+"""Elements of each tensor in the sample."""
+
+_DEEP = 6  # levels of objects inside objects; deeper ones are known by their type
+_LONG = 400  # characters of JSON above which a list is stored as a hash
+_UNTOLD = ("_name_or_path", "transformers_version")  # of a config: where it lay and who wrote it, not what it says
+
+
+def manifest(
+    model: torch.nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    edit: Any,
+    metrics: Sequence[Any],
+    *,
+    units: Any,
+    dtype: torch.dtype,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Everything that a sweep's numbers depend on, and where they were made.
+
+    Args:
+        model: the model that is swept.
+        batches: the tokenised prompts.
+        edit: the edit.
+        metrics: the metrics, each with its `name`.
+        units: how the work is divided, JSON-able.
+        dtype: dtype of the computation.
+        seed: of the sweep.
+        **options: other arguments that change the numbers (site, heads, positions).
+
+    Returns:
+        A JSON-able dict; `bkdfast.sweep.store.INFORMATIVE` lists the keys that do not identify it.
+    """
+    return {
+        "weights": weights_hash(model),
+        "config": config(model),
+        "data": data_hash(batches),
+        "edit": fingerprint(edit),
+        "metrics": {metric.name: fingerprint(metric) for metric in metrics},
+        **{name: fingerprint(value) for name, value in options.items()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "units": units,
+        "versions": versions(),
+        "machine": machine(model),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def weights_hash(model: torch.nn.Module, whole: int = WHOLE) -> dict[str, Any]:
+    """Hash of a model's parameters and persistent buffers, one tensor in host memory at a time.
+
+    Args:
+        model: any module. Buffers outside its state dict (tables of rotary embeddings) are left out: some change while
+            the model runs.
+        whole: models of more bytes than this are hashed by the sum of each tensor's bits, as 64-bit integers, and a
+            fixed sample of `SAMPLE` elements, which takes one read on the model's own device.
+
+    Returns:
+        `hash`, `how` (`"all"` or `"sampled"`), `tensors`, `bytes`, and, if there are any, `unhashed`: tensors without
+        data here (offloaded to the meta device).
+    """
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                tensors[name] = buffer
+    plain = {name: part for whole_name, tensor in tensors.items() for name, part in _plain(whole_name, tensor)}
+    size = sum(tensor.nbytes for tensor in plain.values())
+    here = {name: tensor for name, tensor in plain.items() if not tensor.is_meta}
+    how = "all" if size <= whole else "sampled"
+    found = {"hash": hash_tensors(here, sampled=how == "sampled"), "how": how, "tensors": len(plain), "bytes": size}
+    return found if len(here) == len(plain) else {**found, "unhashed": len(plain) - len(here)}
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor], *, sampled: bool = False) -> str:
+    """Hash of names, dtypes, shapes and values; `sampled`: see `weights_hash`."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if sampled:
+            digest.update(str(_bit_sum(tensor)).encode())
+            tensor = _sample(tensor)
+        digest.update(_bytes(tensor.cpu()).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()[:32]
+
+
+def data_hash(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """Hash of tokenised batches; the same prompts in other batches are padded differently, so that it differs."""
+    hashes = [(hash_tensors(batch), len(batch["input_ids"])) for batch in batches]
+    return {
+        "hash": _hash_text("".join(found for found, _ in hashes)),
+        "batches": len(hashes),
+        "samples": sum(rows for _, rows in hashes),
+    }
+
+
+def config(model: torch.nn.Module) -> dict[str, Any]:
+    """A transformers model's settings that differ from their defaults; of any other module its type."""
+    found: Any = getattr(model, "config", None)
+    if not hasattr(found, "to_json_string"):
+        return {"type": type(model).__qualname__}
+    # Only what differs: a newer transformers adds settings, and their defaults are no other model.
+    told = json.loads(found.to_json_string(use_diff=True))
+    return {"type": type(model).__qualname__, **{name: told[name] for name in told if name not in _UNTOLD}}
+
+
+def fingerprint(value: Any, deep: int = _DEEP) -> Any:
+    """A JSON-able stand-in for an edit, a metric or any argument: equal for equal values, also in another process.
+
+    Tensors and long lists become hashes, models the hash of their weights, functions that of their source and of what
+    they close over, other objects their type and attributes.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)  # NaN is unequal to itself
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype), "hash": hash_tensors({"": value})}
+    if isinstance(value, torch.nn.Module):
+        return {"type": type(value).__qualname__, **weights_hash(value)}
+    if isinstance(value, (torch.dtype, torch.device, slice, range, Path, type)):
+        return str(value)
+    if hasattr(value, "__array__"):
+        return fingerprint(torch.as_tensor(value.__array__()))
+    if deep == 0:
+        return {"type": type(value).__qualname__}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [fingerprint(item, deep - 1) for item in value]
+        if isinstance(value, (set, frozenset)):
+            items.sort(key=json.dumps)
+        return _short(items, _LONG)
+    if isinstance(value, Mapping):
+        return _short({str(key): fingerprint(item, deep - 1) for key, item in value.items()}, 10 * _LONG)
+    if inspect.isroutine(value):
+        return _function(value, deep)
+    if isinstance(value, functools.partial):
+        return {"function": fingerprint([value.func, value.args, value.keywords], deep)}
+    names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
+    told = {name: getattr(value, name, None) for name in names}
+    return {"type": type(value).__qualname__, **fingerprint(told, deep - 1)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    import transformers
+
+    from bkdfast._version import __version__
+
+    return {
+        "bkdfast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(model: torch.nn.Module) -> dict[str, Any]:
+    """The devices that a model is on, and the machine; not its name."""
+    devices = sorted({str(tensor.device) for tensor in model.parameters()})
+    found: dict[str, Any] = {
+        "devices": devices,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if any(device.startswith("cuda") for device in devices):
+        found["gpus"] = [torch.cuda.get_device_name(device) for device in devices if device.startswith("cuda")]
+    return found
+
+
+def _plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The ordinary tensors that a tensor subclass (quantised weights) is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [(name, tensor)]
+    inner, _ = tensor.__tensor_flatten__()
+    return [found for part in inner for found in _plain(f"{name}.{part}", getattr(tensor, part))]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _bit_sum(tensor: torch.Tensor) -> int:
+    """The tensor's bytes as 64-bit integers, added up modulo 2^64: any single change shows, in one read."""
+    data = _bytes(tensor)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    words = len(data) // 8 * 8
+    return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Elements at fixed places; multiples of the golden ratio never keep to one column of a matrix."""
+    flat = tensor.contiguous().reshape(-1)
+    if len(flat) <= SAMPLE:
+        return flat
+    at = (torch.arange(1, SAMPLE + 1, dtype=torch.float64) * 0.6180339887498949).frac() * len(flat)
+    return flat[at.long().clamp(max=len(flat) - 1).to(flat.device)]
+
+
+def _function(function: Any, deep: int) -> dict[str, Any]:
+    """Its source, defaults, what it closes over and is bound to; not the globals that it reads."""
+    inner = getattr(function, "__func__", function)
+    code = getattr(inner, "__code__", None)
+    source = ""
+    if code is not None:
+        constants = [c for c in code.co_consts if isinstance(c, (int, float, str, bytes))]
+        source = f"{code.co_code.hex()} {code.co_names} {constants}"
+        with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: there is no source
+            source = inspect.getsource(code)
+    found = {"function": getattr(inner, "__qualname__", type(inner).__qualname__), "source": _hash_text(source)}
+    cells = []
+    for cell in getattr(inner, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not yet filled
+            cells.append(cell.cell_contents)
+    used = {
+        "defaults": [getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None)],
+        "closure": cells,
+        "self": function.__self__ if inspect.ismethod(function) else None,
+    }
+    return {**found, **{name: fingerprint(values, deep - 1) for name, values in used.items()}}
+
+
+def _short(value: Any, limit: int) -> Any:
+    text = json.dumps(value, sort_keys=True)
+    return value if len(text) <= limit else {"length": len(value), "hash": _hash_text(text)}
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
