@@ -1,0 +1,65 @@
+"""Processes that are really killed, and a stand-in for the engine."""
+
+import os
+import signal
+import sys
+import traceback
+
+import torch
+
+SHAPE = (3, 2, 4)
+
+
+def compute(unit):
+    """Tensors that depend on the unit only."""
+    scores = torch.randn(SHAPE, generator=torch.Generator().manual_seed(unit), dtype=torch.float64)
+    return {"scores": scores, "baseline": scores[0, :1].float()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def fork(function, *args):
+    """Run a function in a forked process; returns its process id."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        function(*args)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(process):
+    """Exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def trace_lines(files, each_line):
+    """Call `each_line` before every line of these source files that this process runs."""
+
+    def local(frame, event, arg):
+        if event == "line":
+            each_line()
+        return local
+
+    sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename in files else None)
+
+
+def kill_at_line(files, number):
+    """SIGKILL this process before the given line."""
+    left = number
+
+    def count():
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trace_lines(files, count)

@@ -1,0 +1,265 @@
+"""Many processes compute each unit once, lose no more than a killed one holds, and all get what one process gets."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from bkdfast.errors import InvalidArgumentError, StoreError
+from bkdfast.sweep import units
+from bkdfast.sweep.store import Store
+from bkdfast.sweep.units import LEASE, place, run_units
+from tests.sweep.processes import compute, fork, same, wait
+
+TOTAL = 12
+MANIFEST = {"weights": {"hash": "aa"}, "seed": 0}
+
+
+@pytest.fixture
+def agent():
+    """A c10d store in a process that no test kills, as torchrun's agent hosts it."""
+    return dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Rank:
+    """One rank in a process of its own; its log has a line for each unit begun, its file the result."""
+
+    def __init__(self, rank, folder, port, *, world=2, hosts=False, die_at=None, die=None, lease=1.0, own=False):
+        self.rank, self.log, self.file = rank, folder / f"log{rank}", folder / f"rank{rank}.safetensors"
+        self.path = folder / (f"out{rank}" if own else "out")
+        self.world, self.port, self.hosts, self.lease, self.die_at = world, port, hosts, lease, die_at
+        self.die = die or (lambda: os.kill(os.getpid(), signal.SIGKILL))
+        self.log.write_text("")
+        self.process = fork(self.run)
+
+    def run(self):
+        store = dist.TCPStore(
+            "127.0.0.1", self.port, self.world, is_master=self.hosts, wait_for_workers=False,
+            timeout=timedelta(seconds=20),
+        )  # fmt: skip
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world)
+        self.sweep()
+
+    def sweep(self):
+        begun = 0
+
+        def logged(unit):
+            nonlocal begun
+            begun += 1
+            with open(self.log, "a") as file:
+                file.write(f"{unit}\n")
+            time.sleep(0.03)
+            if begun == self.die_at:
+                self.die()
+            return compute(unit)
+
+        found = run_units(TOTAL, logged, Store.open(self.path, MANIFEST), progress=False, lease=self.lease)
+        save_file({f"{unit}.{name}": t for unit, part in found for name, t in part.items()}, self.file)
+
+    def begun(self):
+        return [int(unit) for unit in self.log.read_text().split()]
+
+    def right(self):
+        expected = dict(run_units(TOTAL, compute, progress=False))
+        return same(load_file(self.file), {f"{u}.{name}": t for u, part in expected.items() for name, t in part.items()})
+
+
+def test_two_ranks_share_the_work(tmp_path, agent):
+    ranks = [Rank(rank, tmp_path, agent.port) for rank in range(2)]
+    assert [wait(rank.process) for rank in ranks] == [0, 0]
+    assert all(rank.right() for rank in ranks)
+    first, second = (rank.begun() for rank in ranks)
+    assert sorted(first + second) == list(range(TOTAL)) and first and second
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_costs_its_unit_only(tmp_path, agent, victim):
+    ranks = [Rank(rank, tmp_path, agent.port, die_at=2 if rank == victim else None) for rank in range(2)]
+    assert wait(ranks[victim].process) == -signal.SIGKILL
+    assert wait(ranks[1 - victim].process) == 0 and ranks[1 - victim].right()
+    lost, others = ranks[victim].begun()[-1], ranks[1 - victim].begun()
+    assert sorted(ranks[0].begun() + ranks[1].begun()) == sorted([*range(TOTAL), lost]) and lost in others
+
+
+def test_of_three_ranks_two_are_killed(tmp_path, agent):
+    ranks = [Rank(rank, tmp_path, agent.port, world=3, die_at=[None, 1, 3][rank]) for rank in range(3)]
+    assert [wait(rank.process) for rank in ranks] == [0, -signal.SIGKILL, -signal.SIGKILL]
+    assert ranks[0].right()
+    assert sum(len(rank.begun()) for rank in ranks) == TOTAL + 2
+
+
+def test_the_rank_that_hosts_the_c10d_store_is_killed(tmp_path):
+    port = free_port()
+    ranks = [Rank(rank, tmp_path, port, hosts=rank == 0, die_at=3 if rank == 0 else None) for rank in range(2)]
+    assert [wait(rank.process) for rank in ranks] == [-signal.SIGKILL, 0]
+    assert ranks[1].right()
+    assert len(ranks[1].begun()) == len(set(ranks[1].begun()))
+
+
+def test_a_rank_that_raises_lets_the_others_go_on(tmp_path, agent):
+    def fail():
+        raise MemoryError
+
+    ranks = [Rank(0, tmp_path, agent.port, lease=60), Rank(1, tmp_path, agent.port, die_at=2, die=fail, lease=60)]
+    assert [wait(rank.process) for rank in ranks] == [0, 1], "and without waiting for the lease"
+    assert ranks[0].right()
+
+
+def test_a_frozen_rank_is_not_waited_for(tmp_path, agent):
+    def freeze():
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    ranks = [Rank(0, tmp_path, agent.port), Rank(1, tmp_path, agent.port, die_at=2, die=freeze)]
+    assert wait(ranks[0].process) == 0 and ranks[0].right()
+    os.kill(ranks[1].process, signal.SIGCONT)
+    assert wait(ranks[1].process) == 0 and ranks[1].right(), "it gets the same result when it wakes up"
+
+
+def test_a_slow_rank_is_waited_for(tmp_path, agent):
+    ranks = [Rank(0, tmp_path, agent.port), Rank(1, tmp_path, agent.port, die_at=1, die=lambda: time.sleep(3))]
+    assert [wait(rank.process) for rank in ranks] == [0, 0]
+    assert sorted(ranks[0].begun() + ranks[1].begun()) == list(range(TOTAL)) and len(ranks[1].begun()) == 1
+
+
+def test_a_rank_asked_to_end_finishes_its_unit(tmp_path, agent):
+    ranks = [
+        Rank(0, tmp_path, agent.port),
+        Rank(1, tmp_path, agent.port, die_at=2, die=lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    ]
+    assert [wait(rank.process) for rank in ranks] == [0, -signal.SIGTERM]
+    assert sorted(ranks[0].begun() + ranks[1].begun()) == list(range(TOTAL))
+
+
+def test_one_process_goes_on_where_many_were_killed_and_the_other_way_round(tmp_path, agent):
+    ranks = [Rank(rank, tmp_path, agent.port, die_at=3) for rank in range(2)]
+    assert [wait(rank.process) for rank in ranks] == [-signal.SIGKILL] * 2
+    store = Store.open(tmp_path / "out", MANIFEST)
+    done = store.done()
+    assert len(done) == 4
+    again = []
+    found = run_units(TOTAL, lambda unit: again.append(unit) or compute(unit), store, progress=False)
+    for unit, tensors in found:
+        assert same(tensors, compute(unit))
+        if len(again) == 3:
+            break
+    found.close()
+    assert not done & set(again)
+    port = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    ranks = [Rank(rank, tmp_path, port.port) for rank in range(2)]
+    assert [wait(rank.process) for rank in ranks] == [0, 0] and all(rank.right() for rank in ranks)
+    assert sorted(ranks[0].begun() + ranks[1].begun() + again) == sorted(set(range(TOTAL)) - done)
+
+
+class Twice(Rank):
+    """The first sweep of the process group fails on every rank; the same sweep again then has to do the rest."""
+
+    def run(self):
+        def fail():
+            raise MemoryError
+
+        self.die, sweep = fail, self.sweep
+        self.sweep = lambda: None
+        super().run()
+        with pytest.raises(MemoryError):
+            sweep()
+        self.die_at = None
+        sweep()
+
+
+def test_the_same_sweep_again_in_one_process_group(tmp_path, agent):
+    ranks = [Twice(rank, tmp_path, agent.port, die_at=2, lease=60) for rank in range(2)]
+    assert [wait(rank.process) for rank in ranks] == [0, 0] and all(rank.right() for rank in ranks)
+
+
+def test_folders_that_are_not_shared_are_told(tmp_path, agent, capfd):
+    ranks = [Rank(rank, tmp_path, agent.port, own=True) for rank in range(2)]
+    assert 1 in [wait(rank.process) for rank in ranks], "the other one may then do all the work itself"
+    assert "on storage that all ranks share" in capfd.readouterr().err
+
+
+def test_many_processes_need_a_store(monkeypatch):
+    monkeypatch.setattr(units, "place", lambda: (0, 2))
+    with pytest.raises(InvalidArgumentError, match="2 processes share this sweep.*pass out="):
+        next(run_units(3, compute))
+
+
+def test_ranks_that_did_not_join_are_told_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    store = Store.open(tmp_path, MANIFEST)
+    with store.lock(), pytest.raises(StoreError, match="init_process_group"):
+        list(run_units(3, compute, Store.open(tmp_path, MANIFEST), progress=False))
+
+
+def test_one_process_without_a_store():
+    assert place() == (0, 1) and LEASE > 10
+    found = list(run_units(3, lambda unit: {"x": torch.tensor(float(unit), requires_grad=True)}, progress=False))
+    assert [unit for unit, _ in found] == [0, 1, 2] and not found[2][1]["x"].requires_grad
+    assert list(run_units(0, compute, progress=False)) == []
+
+
+def test_the_bar_counts_what_was_there_as_done(tmp_path, capsys):
+    store = Store.open(tmp_path, MANIFEST)
+    costs = [0.1, 0.2, 0.7]
+    store.put(2, compute(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bars = []
+        for _ in run_units(3, compute, store, costs=costs, description="heads"):
+            bars.append(capsys.readouterr().err)
+    shown = "".join(bars) + capsys.readouterr().err
+    assert "heads:  70%" in shown and "1/3 units" in shown
+    assert "heads: 100%" in shown and "3/3 units" in shown
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from bkdfast.sweep.store import Store
+from bkdfast.sweep.units import join, run_units
+from tests.sweep.processes import compute, same
+rank, world = join()
+assert world == 2 and dist.is_initialized()
+folder = Path(sys.argv[1])
+def logged(unit):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    with open(folder / "log", "a") as file:
+        file.write(f"{unit}\\n")
+    if first and rank == 0 and unit > 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1.5 if first and unit > 5 else 0.05)
+    return compute(unit)
+found = dict(run_units(12, logged, Store.open(folder / "out", {"seed": 0})))
+assert all(same(found[unit], compute(unit)) for unit in range(12))
+(folder / f"right{rank}").touch()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_and_goes_on(tmp_path):
+    """The agent ends the other rank too, which finishes its unit first: nothing is lost but the killed rank's."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", tmp_path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "right0").exists() and (tmp_path / "right1").exists()
+    begun = [int(unit) for unit in (tmp_path / "log").read_text().split()]
+    assert len(begun) == 13 and set(begun) == set(range(12))
