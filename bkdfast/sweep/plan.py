@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bkdfast.hf.prepare import Prepared
 from bkdfast.hf.spec import BlockSpec, ModelSpec, submodule
 from bkdfast.sweep.layout import Layout
 from bkdfast.sweep.variants import Variant
@@ -241,6 +242,12 @@ def matmul_rate(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def batch_tokens(state: Prepared) -> int:
+    """Tokens that fill a batch of a model, as far as the device has room for their activations."""
+    each = token_numbers(state.spec) * state.dtype.itemsize
+    return max(min(TOKENS.get(state.device.type, TOKENS["cuda"]), int(ROOM * room(state.device) / each)), 1)
 
 
 def room(device: torch.device) -> float:

@@ -40,6 +40,7 @@ def manifest(
     units: Any,
     dtype: torch.dtype,
     seed: int = 0,
+    whole: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Everything that a sweep's numbers depend on, and where they were made.
@@ -52,13 +53,14 @@ def manifest(
         units: how the work is divided, JSON-able.
         dtype: dtype of the computation.
         seed: of the sweep.
+        whole: see `weights_hash`.
         **options: other arguments that change the numbers (site, heads, positions).
 
     Returns:
         A JSON-able dict; `bkdfast.sweep.store.INFORMATIVE` lists the keys that do not identify it.
     """
     return {
-        "weights": weights_hash(model),
+        "weights": weights_hash(model, WHOLE if whole is None else whole),
         "config": config(model),
         "data": data_hash(batches),
         "edit": fingerprint(edit),

@@ -44,7 +44,7 @@ Tensors = dict[str, torch.Tensor]
 
 def run_units(
     total: int,
-    compute: Callable[[int], Tensors],
+    compute: Callable[[int, Callable[[float], None]], Tensors],
     store: Store | None = None,
     *,
     costs: Sequence[float] | None = None,
@@ -56,7 +56,8 @@ def run_units(
 
     Args:
         total: units are numbered 0 to total - 1.
-        compute: a unit's number to its tensors, the same in every process.
+        compute: a unit's number to its tensors, the same in every process. It is also given a function to call with
+            the work done since the last call, in the measure of `costs`, which moves the progress bar.
         store: where finished units are kept, on storage that all ranks share; None: nowhere (one process only).
         costs: the work in each unit, in any measure, for the time left; None: all alike.
         progress: show a progress bar (of rank 0).
@@ -91,18 +92,28 @@ def run_units(
                 disable=not progress or rank > 0,
             )
         )
+        told = dict.fromkeys(range(total), 0.0)
+
+        def computed(unit: int) -> Tensors:
+            def advance(work: float) -> None:
+                work = min(work, costs[unit] - told[unit])
+                told[unit] += work
+                bar.update(work)
+
+            return compute(unit, advance)
+
         if store is None or world == 1:
-            units = _alone(total, compute, store, done)
+            units = _alone(total, computed, store, done)
         else:
             session = stack.enter_context(_Session(_c10d(store), lease))
-            units = _shared(total, compute, store, session)
+            units = _shared(total, computed, store, session)
         finished = len(done)
         bar.set_postfix_str(f"{finished}/{total} units")
         for unit, tensors in units:
             if unit not in done:
                 finished += 1
                 bar.set_postfix_str(f"{finished}/{total} units", refresh=False)
-                bar.update(min(costs[unit], bar.total - bar.n))
+                bar.update(costs[unit] - told[unit])
             yield unit, tensors
 
 

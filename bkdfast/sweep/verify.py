@@ -21,7 +21,7 @@ from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.variants import ATTENTION, HEADS, MLP, Variant
 
 if TYPE_CHECKING:
-    from bkdfast.sweep.engine import Sweep
+    from bkdfast.sweep.run import Sweep
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest plausible difference of two exact ways to compute a metric, relative to its size (here and on average)."""

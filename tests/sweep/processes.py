@@ -10,7 +10,7 @@ import torch
 SHAPE = (3, 2, 4)
 
 
-def compute(unit):
+def compute(unit, advance=None):
     """Tensors that depend on the unit only."""
     scores = torch.randn(SHAPE, generator=torch.Generator().manual_seed(unit), dtype=torch.float64)
     return {"scores": scores, "baseline": scores[0, :1].float()}

@@ -43,7 +43,7 @@ def manifest(**changes):
 def engine(path, log, total=TOTAL):
     """What a sweep does with its store; the log has a line for each unit computed."""
 
-    def logged(unit):
+    def logged(unit, advance=None):
         with open(log, "a") as file:
             file.write(f"{unit}\n")
         return compute(unit)
@@ -114,7 +114,7 @@ def test_killed_at_any_line_it_goes_on_with_the_same_result(tmp_path):
 def test_killed_at_any_time(tmp_path):
     path, log, draw = tmp_path / "out", tmp_path / "log", random.Random(0)
 
-    def logged(unit):
+    def logged(unit, advance=None):
         with open(log, "a") as file:
             file.write(f"{unit}\n")
         time.sleep(0.002)

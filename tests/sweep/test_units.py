@@ -58,7 +58,7 @@ class Rank:
     def sweep(self):
         begun = 0
 
-        def logged(unit):
+        def logged(unit, advance=None):
             nonlocal begun
             begun += 1
             with open(self.log, "a") as file:
@@ -76,7 +76,9 @@ class Rank:
 
     def right(self):
         expected = dict(run_units(TOTAL, compute, progress=False))
-        return same(load_file(self.file), {f"{u}.{name}": t for u, part in expected.items() for name, t in part.items()})
+        return same(
+            load_file(self.file), {f"{u}.{name}": t for u, part in expected.items() for name, t in part.items()}
+        )
 
 
 def test_two_ranks_share_the_work(tmp_path, agent):
@@ -152,7 +154,7 @@ def test_one_process_goes_on_where_many_were_killed_and_the_other_way_round(tmp_
     done = store.done()
     assert len(done) == 4
     again = []
-    found = run_units(TOTAL, lambda unit: again.append(unit) or compute(unit), store, progress=False)
+    found = run_units(TOTAL, lambda unit, advance: again.append(unit) or compute(unit), store, progress=False)
     for unit, tensors in found:
         assert same(tensors, compute(unit))
         if len(again) == 3:
@@ -207,7 +209,9 @@ def test_ranks_that_did_not_join_are_told_to(tmp_path, monkeypatch):
 
 def test_one_process_without_a_store():
     assert place() == (0, 1) and LEASE > 10
-    found = list(run_units(3, lambda unit: {"x": torch.tensor(float(unit), requires_grad=True)}, progress=False))
+    found = list(
+        run_units(3, lambda unit, advance: {"x": torch.tensor(float(unit), requires_grad=True)}, progress=False)
+    )
     assert [unit for unit, _ in found] == [0, 1, 2] and not found[2][1]["x"].requires_grad
     assert list(run_units(0, compute, progress=False)) == []
 
@@ -236,7 +240,7 @@ from tests.sweep.processes import compute, same
 rank, world = join()
 assert world == 2 and dist.is_initialized()
 folder = Path(sys.argv[1])
-def logged(unit):
+def logged(unit, advance=None):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     with open(folder / "log", "a") as file:
         file.write(f"{unit}\\n")
