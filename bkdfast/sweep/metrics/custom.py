@@ -61,7 +61,8 @@ class custom(Metric):  # noqa: N801
     ) -> None:
         if not callable(function):
             raise InvalidTypeError(f"custom needs a function of logits [R, n, vocab], got {type(function).__name__}")
-        super().__init__(name=name or getattr(function, "__name__", type(function).__name__))
+        called = getattr(function, "__name__", type(function).__name__)
+        super().__init__(name=name or ("custom" if called == "<lambda>" else called))
         self.function, self.per_sample = function, per_sample
         self.read, self.targets = reading(read, targets, tokenizer, "read")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -12,20 +13,8 @@ from bkdfast.hf.batch import complete
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.prepare import refuse_dropout
 from bkdfast.hf.spec import submodule
-from bkdfast.sweep.metrics.base import Metric, Scored, accumulation, log_probs
+from bkdfast.sweep.metrics.base import Metric, Scored, log_probs
 from bkdfast.sweep.metrics.inputs import READS, Targets, Tokens, append, last_prompt, prompt_tokens
-
-
-class _State(NamedTuple):
-    """The reference at the read columns: logits `[B * n, vocab]` as the model gave them, and their normaliser."""
-
-    logits: torch.Tensor
-    highest: torch.Tensor  # [B * n, 1], and the log of the sum of exp(logits - highest) next to it: the difference
-    logsum: torch.Tensor  # of two large numbers would lose the digits of a probability near 1
-
-    def log_probs(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`[C, vocab]` of the read columns `index`."""
-        return (self.logits[index].to(dtype) - self.highest[index].to(dtype)) - self.logsum[index].to(dtype)
 
 
 class _Divergence(Metric):
@@ -55,8 +44,8 @@ class _Divergence(Metric):
         """The prompts, followed by targets where those are read; see `Metric`."""
         return extend(self.over, self.targets, batch, first)
 
-    def begin(self, logits: torch.Tensor, scored: Scored) -> _State:
-        """Keep the reference's logits; see `Metric`.
+    def begin(self, logits: torch.Tensor, scored: Scored) -> torch.Tensor:
+        """Keep the reference's logits `[B * n, vocab]`; see `Metric`.
 
         Raises:
             InvalidArgumentError: the reference model has another vocabulary.
@@ -72,28 +61,18 @@ class _Divergence(Metric):
                     f"{self.name}: the reference model has a vocabulary of {logits.shape[-1]} tokens, this one of "
                     f"{wanted[-1]}; distributions over different tokens cannot be compared"
                 )
-        dtype = accumulation(logits.dtype)
-        highest = logits.amax(-1, keepdim=True).to(dtype)
-        # Row by row would be slow, all at once a second copy of the logits in float32.
-        step = max(1, (1 << 22) // max(logits.shape[-1], 1))
-        logsum = [
-            (logits[i : i + step].to(dtype) - highest[i : i + step]).exp().sum(-1, keepdim=True).log()
-            for i in range(0, len(logits), step)
-        ]
-        state = _State(logits.detach(), highest, torch.cat(logsum))
-        bad = ~torch.isfinite(state.logsum[:, 0]) & (scored.weight.flatten().to(logits.device) != 0)
+        bad = ~torch.isfinite(logits.amax(-1)) & (scored.weight.flatten().to(logits.device) != 0)
         if bad.any():
             row, j = divmod(int(bad.int().argmax()), scored.read.shape[1])
             raise NonFiniteError(
                 f"{self.name}: the {who}'s logits of row {row} of the batch, column {int(scored.read[row, j])}, are "
                 "not finite (NaN or infinite); check the weights and the dtype"
             )
-        return state
+        return logits.detach()
 
     def token(self, logits: torch.Tensor, index: torch.Tensor, scored: Scored, state: Any) -> torch.Tensor:
         """The divergence at each read column; see `Metric`."""
-        ours = log_probs(logits)
-        return self.between(state.log_probs(index, ours.dtype), ours)
+        return self.between(log_probs(state[index]), log_probs(logits))
 
     def between(self, reference: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
         """`[C]` from log-probabilities `[C, vocab]`."""
@@ -121,8 +100,9 @@ class kl(_Divergence):  # noqa: N801
         InvalidArgumentError: `over` is none of the three, targets missing or not read, another vocabulary.
         NonFiniteError: NaN in the reference's logits.
 
-    Memory: keeps B * n * vocab logits of the reference, in their dtype. Source: Kullback and Leibler 1951; as a patching
-    metric: Conmy et al. 2023 (ACDC).
+    Memory: keeps B * n * vocab logits of the reference, in their dtype.
+
+    Source: Kullback and Leibler 1951; as a patching metric: Conmy et al. 2023 (ACDC).
 
     Example:
         >>> import torch
@@ -174,7 +154,7 @@ class js(_Divergence):  # noqa: N801
 
     def between(self, reference: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
         """JS of the two."""
-        middle = torch.logaddexp(reference, ours) - torch.tensor(2.0, dtype=ours.dtype).log().item()
+        middle = torch.logaddexp(reference, ours) - math.log(2)
         return (_kl(reference, middle) + _kl(ours, middle)) / 2
 
 

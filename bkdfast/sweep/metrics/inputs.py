@@ -7,7 +7,7 @@ prompt, whichever side the prompt is padded on.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,7 @@ class PerSample:
     def __init__(self, tokens: int | str | Sequence[int | str] | torch.Tensor, tokenizer: Any = None) -> None:
         if isinstance(tokens, torch.Tensor):
             tokens = tokens.tolist()
-        single = isinstance(tokens, str) or _is_integer(tokens)
-        listed: Sequence = [tokens] if single else tokens  # type: ignore[list-item, assignment]
+        listed = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else [tokens]
         self.ids = []
         for i, token in enumerate(listed):
             ids = _encode(token if isinstance(token, str) else [token], i, tokenizer)
@@ -82,6 +81,8 @@ class PerSample:
 
 
 def _is_integer(value: Any) -> bool:
+    if isinstance(value, torch.Tensor) and value.dim():  # one element would do for operator.index
+        return False
     try:
         operator.index(value)
     except TypeError:
@@ -94,7 +95,12 @@ def _encode(target: Any, number: int, tokenizer: Any) -> list[int]:
         if tokenizer is None:
             raise InvalidTypeError(f"target {number} is a string, {target!r}: pass tokenizer= or give token ids")
         target = tokenizer(target, add_special_tokens=False)["input_ids"]
-    ids = list(target) if isinstance(target, Sequence | torch.Tensor) or hasattr(target, "__len__") else [target]
+    try:
+        ids = list(target)
+    except TypeError:
+        raise InvalidTypeError(
+            f"target {number} is {target!r}; expected token ids, or a string and tokenizer="
+        ) from None
     if wrong := [token for token in ids if not _is_integer(token)]:
         raise InvalidTypeError(f"target {number} has {wrong[0]!r} where a token id (an integer) was expected")
     ids = [operator.index(token) for token in ids]

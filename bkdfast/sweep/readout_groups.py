@@ -1,0 +1,138 @@
+"""Which metrics of one sweep can be read off the same run, and at which columns.
+
+Metrics that append different targets need runs of their own. In a causal model a metric whose inputs are the beginning
+of another's (the prompt alone, a shorter target) reads the same numbers from the longer run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bkdfast.errors import InvalidArgumentError
+from bkdfast.hf.positions import prompt_ends
+from bkdfast.sweep.metrics.base import Metric, Scored
+
+
+@dataclass(frozen=True)
+class ReadGroup:
+    """Metrics that share a run.
+
+    Attributes:
+        batch: the inputs that they share, `[B, T']`.
+        members: numbers of the metrics, ascending.
+        scored: what each of them reads, `batch` being the shared one.
+        read: `[B, U]` int64, all columns that any of them reads, each once, ascending; rows that read fewer repeat
+            their last one.
+        entry: for each member `[B, U]` int64, which of its own n read columns that is; -1: not one of them (always for
+            repeated columns and for those of no weight).
+    """
+
+    batch: dict[str, torch.Tensor]
+    members: tuple[int, ...]
+    scored: tuple[Scored, ...]
+    read: torch.Tensor
+    entry: tuple[torch.Tensor, ...]
+
+
+def check_names(metrics: Sequence[Metric]) -> None:
+    """Raise if there is no metric, or if two have one name.
+
+    Raises:
+        InvalidArgumentError: naming the two.
+    """
+    if not metrics:
+        raise InvalidArgumentError("metric is an empty list; give at least one metric")
+    names = [metric.name for metric in metrics]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidArgumentError(
+                f"metrics {names.index(name)} and {i} are both called {name!r}; results are found by name: pass name="
+            )
+
+
+def read_groups(scored: Sequence[Scored], *, causal: bool) -> list[ReadGroup]:
+    """Put metrics together that can be read off one run.
+
+    Args:
+        scored: what each metric's `extend` returned for one batch of prompts.
+        causal: attention looks back only, and nothing else depends on a row's length (dynamic rotary frequencies
+            do); otherwise only equal inputs are shared.
+
+    Returns:
+        Groups in the order of their first metrics; every metric is in one.
+    """
+    longest_first = sorted(range(len(scored)), key=lambda i: -_tokens(scored[i]))  # stable: ties in the order given
+    hosts: list[list[int]] = []
+    for i in longest_first:
+        for host in hosts:
+            if _begins(scored[i].batch, scored[host[0]].batch, causal):
+                host.append(i)
+                break
+        else:
+            hosts.append([i])
+    return [_group(scored, host[0], sorted(host)) for host in sorted(hosts, key=min)]
+
+
+def _tokens(scored: Scored) -> int:
+    return int(_mask(scored.batch).sum())
+
+
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
+
+
+def _begins(short: dict[str, torch.Tensor], long: dict[str, torch.Tensor], causal: bool) -> bool:
+    """Every row of `short` is a row of `long` up to some token (without `causal`: to its last)."""
+    rest_short, rest_long = (
+        {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask") and not _default(k, v)}
+        for batch in (short, long)
+    )
+    if rest_short.keys() != rest_long.keys() or not all(_equal(v, rest_long[k]) for k, v in rest_short.items()):
+        return False
+    mask, other = _mask(short), _mask(long)
+    width = mask.shape[1]
+    if width > other.shape[1] or len(mask) != len(other):
+        return False
+    # Up to the row's last token: what follows in `short` is padding.
+    inside = torch.arange(width, device=mask.device) <= prompt_ends(short)[1][:, None]
+    same = (mask == other[:, :width]) & ((short["input_ids"] == long["input_ids"][:, :width]) | ~mask)
+    return bool(same[inside].all()) and (causal or int(mask.sum()) == int(other.sum()))
+
+
+def _default(key: str, value: object) -> bool:
+    """Teacher forcing leaves token types of zero out; a model takes them for given."""
+    return key == "token_type_ids" and isinstance(value, torch.Tensor) and not value.any()
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
+
+
+def _group(scored: Sequence[Scored], host: int, members: list[int]) -> ReadGroup:
+    batch = scored[host].batch
+    ids = batch["input_ids"]
+    wanted = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    for i in members:
+        row, j = (scored[i].weight != 0).nonzero(as_tuple=True)
+        wanted[row, scored[i].read[row, j]] = True
+    count = wanted.sum(1)  # [B]
+    order = wanted.int().argsort(dim=1, descending=True, stable=True)  # the wanted columns first, ascending
+    slots = torch.arange(int(count.max()), device=ids.device)
+    read = order.gather(1, torch.minimum(slots[None, :], count[:, None] - 1))
+    slot = wanted.int().cumsum(1) - 1  # of each column, where it is wanted
+    entries = []
+    for i in members:
+        row, j = (scored[i].weight != 0).nonzero(as_tuple=True)
+        entry = torch.full_like(read, -1)
+        entry[row, slot[row, scored[i].read[row, j]]] = j
+        if int((entry >= 0).sum()) != len(row):
+            raise InvalidArgumentError(f"metric {i} reads a column of one row more than once; weight it instead")
+        entries.append(entry)
+    shared = tuple(Scored(batch, scored[i].read, scored[i].tokens, scored[i].weight) for i in members)
+    return ReadGroup(batch, tuple(members), shared, read, tuple(entries))

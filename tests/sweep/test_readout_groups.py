@@ -1,0 +1,94 @@
+"""Which metrics share a run: those that read the same numbers from it, and no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bkdfast as bf
+from bkdfast.errors import InvalidArgumentError
+from bkdfast.hf.batch import complete
+from bkdfast.sweep.readout_groups import check_names, read_groups
+from tests.hf import zoo
+
+M = bf.metrics
+TARGETS = [[5, 6, 7], [8], [9, 10]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("llama", dtype=torch.float64)
+
+
+def logits_at(model, inputs, read):
+    """`[B, n, vocab]` at columns `read [B, n]`."""
+    with torch.no_grad():
+        logits = model(**complete(model, inputs, bf.hf.describe(model))).logits
+    return logits[torch.arange(len(logits))[:, None], read]
+
+
+def score(metric, scored, base, logits):
+    return metric.score(logits, scored, metric.begin(base.flatten(0, 1), scored) if metric.needs_base else None)
+
+
+@pytest.mark.parametrize("padding", ["left", "right", None])
+def test_metrics_that_share_a_run_read_the_same_numbers(model, padding):
+    batch = zoo.batch(tokens=7, padding=padding)
+    longer = [[5, 6, 7, 3], [8], [9, 10, 2]]
+    metrics = [
+        M.rank(5),
+        M.target_prob(TARGETS),
+        M.loss(),
+        M.loss(TARGETS),
+        M.target_logprob([4, 4], name="other"),
+        M.accuracy(longer),
+        M.kl("prompt"),
+    ]
+    scored = [metric.extend(batch, 0) for metric in metrics]
+    groups = read_groups(scored, causal=True)
+    assert [group.members for group in groups] == [(0, 1, 2, 3, 5, 6), (4,)]
+    for group in groups:
+        logits = logits_at(model, group.batch, group.read)
+        rows, most = group.read.shape
+        distinct = {
+            (r, c) for s in group.scored for r, j in (s.weight != 0).nonzero().tolist() for c in [int(s.read[r, j])]
+        }
+        assert {(r, c) for r in range(rows) for c in group.read[r].tolist()} == distinct
+        for number, own_scored, entry in zip(group.members, group.scored, group.entry, strict=True):
+            n = own_scored.read.shape[1]
+            mine = torch.full((rows, n, zoo.VOCAB), torch.nan, dtype=torch.float64)
+            row, slot = (entry >= 0).nonzero(as_tuple=True)
+            mine[row, entry[row, slot]] = logits[row, slot]
+            alone = logits_at(model, scored[number].batch, scored[number].read)
+            metric = metrics[number]
+            found = score(metric, own_scored, alone.flip(0), mine)
+            torch.testing.assert_close(
+                found, score(metric, scored[number], alone.flip(0), alone), rtol=1e-9, atol=1e-12
+            )
+
+
+def test_runs_are_not_shared_where_that_would_change_them():
+    batch = zoo.batch(tokens=7)
+    metrics = [M.rank(5), M.loss([5]), M.loss([5, 6]), M.kl(), M.loss([6]), M.js("target", targets=[5])]
+    scored = [metric.extend(batch, 0) for metric in metrics]
+    assert [g.members for g in read_groups(scored, causal=False)] == [(0, 3), (1, 5), (2,), (4,)]
+    assert [g.members for g in read_groups(scored, causal=True)] == [(0, 1, 2, 3, 5), (4,)]
+    other = dict(batch, token_type_ids=torch.zeros_like(batch["input_ids"]))
+    zeros, ones = M.rank(5).extend(other, 0), M.rank(5).extend(dict(batch, token_type_ids=batch["attention_mask"]), 0)
+    assert [g.members for g in read_groups([scored[0], zeros, ones], causal=True)] == [(0, 1), (2,)]
+    # The same tokens, one of them hidden from attention.
+    hole = dict(batch, attention_mask=batch["attention_mask"].index_fill(1, torch.tensor([4]), 0))
+    assert len(read_groups([M.loss([5]).extend(batch, 0), M.rank(5).extend(hole, 0)], causal=True)) == 2
+    # A target that continues with the very token that pads the other row on the right.
+    padded = zoo.batch(tokens=7, padding="right")
+    assert [
+        g.members for g in read_groups([M.loss([5]).extend(padded, 0), M.loss([5, 0]).extend(padded, 0)], causal=False)
+    ] == [(0,), (1,)]
+
+
+def test_names_are_unique_within_a_sweep():
+    check_names([M.loss(), M.loss([5], name="loss of the target"), M.rank(5)])
+    with pytest.raises(InvalidArgumentError, match="metrics 0 and 2 are both called 'loss'"):
+        check_names([M.loss(), M.rank(5), M.loss([5])])
+    with pytest.raises(InvalidArgumentError, match="empty list"):
+        check_names([])
