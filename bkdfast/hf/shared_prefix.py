@@ -129,6 +129,21 @@ def joining(model: torch.nn.Module, spec: ModelSpec) -> str | None:
     return KERNEL if getattr(inner, "_supports_attention_backend", False) else COPY
 
 
+def depends_on_length(model: torch.nn.Module, width: int) -> bool:
+    """Rotary frequencies of a row of `width` tokens differ from those of a shorter one (LongRoPE, dynamic NTK)."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            trained = part.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            if width > (trained or text.max_position_embeddings):  # type: ignore[union-attr]
+                return True
+    return False
+
+
 def _layer_index(model: torch.nn.Module, path: str) -> int | None:
     """Index under which the attention around an output projection keeps its keys and values."""
     while path:

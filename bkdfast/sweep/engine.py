@@ -27,6 +27,7 @@ from bkdfast.sweep import units
 from bkdfast.sweep.metrics import Metric
 from bkdfast.sweep.projection import refuse_inexact
 from bkdfast.sweep.provenance import manifest
+from bkdfast.sweep.readout_groups import check_names
 from bkdfast.sweep.result import SweepResult
 from bkdfast.sweep.run import Sweep
 from bkdfast.sweep.store import Store
@@ -106,7 +107,7 @@ def sweep(
         torch.Size([6, 8, 2])
     """
     metrics = [metric] if isinstance(metric, Metric) else list(metric)
-    _check_metrics(metrics)
+    check_names(metrics)
     model = unwrap(model)
     refuse_dropout(model)
     refuse_inexact(model)
@@ -190,14 +191,6 @@ def sweep(
 def _describe(places: Grid, job: Sweep, edit: Edit) -> str:
     shape = " x ".join(f"{size} {dim}s" for size, dim in zip(places.shape, places.dims, strict=True))
     return f"{type(edit).__name__} of {shape} ({places.site}), {job.samples} samples"
-
-
-def _check_metrics(metrics: Sequence[Metric]) -> None:
-    if not metrics:
-        raise InvalidArgumentError("metric= is empty; give a metric such as bkdfast.metrics.target_prob(targets)")
-    names = [metric.name for metric in metrics]
-    if len(set(names)) < len(names):
-        raise InvalidArgumentError(f"metrics share a name: {names}; tell them apart with name=")
 
 
 def _refuse_misfits(

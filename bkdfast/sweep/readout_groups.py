@@ -1,4 +1,4 @@
-"""Which metrics of one sweep can be read off the same run, and at which columns.
+"""Which metrics of one sweep can be read off the same run.
 
 Metrics that append different targets need runs of their own. In a causal model a metric whose inputs are the beginning
 of another's (the prompt alone, a shorter target) reads the same numbers from the longer run.
@@ -7,7 +7,7 @@ of another's (the prompt alone, a shorter target) reads the same numbers from th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,17 +24,11 @@ class ReadGroup:
         batch: the inputs that they share, `[B, T']`.
         members: numbers of the metrics, ascending.
         scored: what each of them reads, `batch` being the shared one.
-        read: `[B, U]` int64, all columns that any of them reads, each once, ascending; rows that read fewer repeat
-            their last one.
-        entry: for each member `[B, U]` int64, which of its own n read columns that is; -1: not one of them (always for
-            repeated columns and for those of no weight).
     """
 
     batch: dict[str, torch.Tensor]
     members: tuple[int, ...]
     scored: tuple[Scored, ...]
-    read: torch.Tensor
-    entry: tuple[torch.Tensor, ...]
 
 
 def check_names(metrics: Sequence[Metric]) -> None:
@@ -73,7 +67,11 @@ def read_groups(scored: Sequence[Scored], *, causal: bool) -> list[ReadGroup]:
                 break
         else:
             hosts.append([i])
-    return [_group(scored, host[0], sorted(host)) for host in sorted(hosts, key=min)]
+    groups = []
+    for host in sorted(hosts, key=min):
+        batch, members = scored[host[0]].batch, tuple(sorted(host))
+        groups.append(ReadGroup(batch, members, tuple(replace(scored[i], batch=batch) for i in members)))
+    return groups
 
 
 def _tokens(scored: Scored) -> int:
@@ -112,27 +110,3 @@ def _equal(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
     return a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
-
-
-def _group(scored: Sequence[Scored], host: int, members: list[int]) -> ReadGroup:
-    batch = scored[host].batch
-    ids = batch["input_ids"]
-    wanted = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-    for i in members:
-        row, j = (scored[i].weight != 0).nonzero(as_tuple=True)
-        wanted[row, scored[i].read[row, j]] = True
-    count = wanted.sum(1)  # [B]
-    order = wanted.int().argsort(dim=1, descending=True, stable=True)  # the wanted columns first, ascending
-    slots = torch.arange(int(count.max()), device=ids.device)
-    read = order.gather(1, torch.minimum(slots[None, :], count[:, None] - 1))
-    slot = wanted.int().cumsum(1) - 1  # of each column, where it is wanted
-    entries = []
-    for i in members:
-        row, j = (scored[i].weight != 0).nonzero(as_tuple=True)
-        entry = torch.full_like(read, -1)
-        entry[row, slot[row, scored[i].read[row, j]]] = j
-        if int((entry >= 0).sum()) != len(row):
-            raise InvalidArgumentError(f"metric {i} reads a column of one row more than once; weight it instead")
-        entries.append(entry)
-    shared = tuple(Scored(batch, scored[i].read, scored[i].tokens, scored[i].weight) for i in members)
-    return ReadGroup(batch, tuple(members), shared, read, tuple(entries))

@@ -17,13 +17,13 @@ from bkdfast.hf.capture import eager
 from bkdfast.hf.edits import At
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.prepare import Prepared
-from bkdfast.hf.shared_prefix import joining
-from bkdfast.hf.spec import ModelSpec
+from bkdfast.hf.shared_prefix import depends_on_length, joining
 from bkdfast.sweep import plan as planning
 from bkdfast.sweep.base import BaseRun
 from bkdfast.sweep.layout import Layout, lay_out
 from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.plan import Chunk, Costs, Job, Plan, Unit
+from bkdfast.sweep.readout_groups import read_groups
 from bkdfast.sweep.variants import HEADS, Grid, first_positions, reads_columns
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Sweep:
         self.costs = Costs.of(model, state.spec)
         self.notes: list[str] = []
         self.jobs: list[Job] = []
-        self.members: list[list[int]] = []  # metrics of each job
+        self.members: list[tuple[int, ...]] = []  # metrics of each job
         first = 0
         for batch in data:
             for mine, scored in self._grouped(batch, first):
@@ -86,25 +86,29 @@ class Sweep:
 
     # Planning.
 
-    def _grouped(self, batch: dict, first: int) -> Iterator[tuple[list[int], list[Scored]]]:
-        """Metrics that read the same inputs; in a causal model one of the bare prompt joins one with targets."""
-        groups: list[tuple[list[int], list[Scored]]] = []
-        for m, metric in enumerate(self.metrics):
-            scored = scored_batch(self.model, self.state.spec, metric, batch, first)
-            for mine, others in groups:
-                if (common := _common(others[0], scored, self.state.spec.causal)) is not None:
-                    others[:] = [dataclasses.replace(other, batch=common) for other in others]
-                    others.append(dataclasses.replace(scored, batch=common))
-                    mine.append(m)
-                    break
-            else:
-                groups.append(([m], [scored]))
-        return iter(groups)
+    def _grouped(self, batch: dict, first: int) -> Iterator[tuple[tuple[int, ...], list[Scored]]]:
+        """Metrics that share a run, and what each reads: completed, on the model's device."""
+        bare = {name: value for name, value in batch.items() if name != "position_ids"}
+        extended = [metric.extend(bare, first) for metric in self.metrics]
+        spec = self.state.spec
+        for metric, scored in zip(self.metrics, extended, strict=True):
+            if not spec.causal and scored.batch["input_ids"].shape != batch["input_ids"].shape:
+                raise InvalidArgumentError(
+                    f"{metric.name} appends the target to the prompt, but in {spec.family} attention looks ahead: the "
+                    "model would see the tokens it is scored on; use logit_diff"
+                )
+        for group in read_groups(extended, causal=spec.causal):
+            full = complete(self.model, group.batch, spec)
+            yield (
+                group.members,
+                [dataclasses.replace(part, batch=full).to(full["input_ids"].device) for part in group.scored],
+            )
 
     def _job(self, batch: dict, first: int, scored: list[Scored]) -> Job:
         begin, end = prompt_ends(batch)
         last = (end - begin).tolist()
-        causal = self.state.spec.causal
+        width = scored[0].batch["input_ids"].shape[1]
+        causal = self.state.spec.causal and not depends_on_length(self.model, width)
         takes_positions = causal and "position_ids" in inspect.signature(self.model.forward).parameters
         inputs = scored[0].batch
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -114,7 +118,7 @@ class Sweep:
         starts = [first_positions(at, last, length) for at in spots.values()]
         columns = any(reads_columns(edit) for variant in self.grid.variants for edit in variant.edits)
         anchors = None
-        if self.join is not None and not columns and starts:
+        if causal and self.join is not None and not columns and starts:
             anchors = [min(row) for row in zip(*starts, strict=True)]
         layout = lay_out(scored, last, anchors, causal=causal, with_positions=takes_positions and anchors is not None)
         start = layout.column(anchors) if anchors is not None else 0
@@ -274,36 +278,6 @@ class Sweep:
 def _out_of_memory(error: RuntimeError) -> bool:
     """Memory ran out, on a GPU or (torch raises a plain RuntimeError there) on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def scored_batch(model: torch.nn.Module, spec: ModelSpec, metric: Metric, batch: dict, first: int) -> Scored:
-    """The metric's inputs, completed and on the model's device."""
-    scored = metric.extend({k: v for k, v in batch.items() if k != "position_ids"}, first)
-    if not spec.causal and scored.batch["input_ids"].shape != batch["input_ids"].shape:
-        raise InvalidArgumentError(
-            f"{metric.name} appends the target to the prompt, but in {spec.family} attention looks ahead: the model "
-            "would see the tokens it is scored on; use logit_diff"
-        )
-    full = complete(model, scored.batch, spec)
-    return dataclasses.replace(scored, batch=full).to(full["input_ids"].device)
-
-
-def _common(a: Scored, b: Scored, causal: bool) -> dict[str, torch.Tensor] | None:
-    """Inputs that serve both metrics, or None."""
-    for one, other in ((a, b), (b, a)):
-        small, large = one.batch, other.batch
-        if small.keys() - {"position_ids", "attention_mask"} != large.keys() - {"position_ids", "attention_mask"}:
-            continue
-        ids, more = small["input_ids"], large["input_ids"]
-        if ids.shape[1] > more.shape[1] or (ids.shape[1] < more.shape[1] and not causal):
-            continue
-        mask = small.get("attention_mask", torch.ones_like(ids)) != 0
-        whole = large.get("attention_mask", torch.ones_like(more))[:, : ids.shape[1]] != 0
-        same = torch.equal(ids[mask], more[:, : ids.shape[1]][mask]) and bool((whole | ~mask).all())
-        # What the longer one has beyond the other's tokens comes after them.
-        if same and (causal or torch.equal(whole, mask)):
-            return large
-    return None
 
 
 def _key(at: At) -> Any:

@@ -1,4 +1,4 @@
-"""A sweep that is killed, and sweeps of several processes: the same numbers, bit for bit, and nothing computed twice."""
+"""A sweep that is killed, and one of several processes: the same numbers, bit for bit, and nothing computed twice."""
 
 from __future__ import annotations
 

@@ -344,3 +344,29 @@ def test_verify_with_a_source_for_each_token(at):
     metric = bf.metrics.target_logprob([5, 6])
     result = bf.sweep(model, batch, edit=bf.Patch(source), at=at, metric=metric, verify=6, progress=False)
     assert result.effects.abs().max() > 0.1
+
+
+def test_rotary_frequencies_that_depend_on_the_length():
+    """LongRoPE takes other frequencies for long rows: a prefix alone would get those of a short one."""
+    torch.manual_seed(0)
+    half = 16 // 2
+    config = zoo.CONFIGS["phi3"]()
+    config.original_max_position_embeddings = 8
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 8,
+    }
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.3 if weight.dim() > 1 else weight)
+    metric = bf.metrics.target_logprob([5, 6])
+    result = bf.sweep(
+        model, zoo.batch(padding=None), edit=bf.Zero(), at="last_prompt", metric=metric, verify=6, progress=False
+    )
+    assert not result.facts["shared_prefix"] and result.effects.abs().max() > 0.01
+    assert result.facts["largest_error"] < 1e-5
