@@ -113,19 +113,30 @@ class Recording:
         watch(outer, hook)
 
     @contextlib.contextmanager
-    def resume(self, layer: int, stream: torch.Tensor | None, parts: Iterable[Output] = ()) -> Iterator[None]:
+    def resume(
+        self,
+        layer: int,
+        stream: torch.Tensor | None,
+        parts: Iterable[Output] = (),
+        columns: tuple[slice, torch.Tensor] | None = None,
+    ) -> Iterator[None]:
         """Forwards inside this context begin at `layer`.
 
         Args:
             layer: the first block that runs; the number of layers: none does.
             stream: residual stream `[R, T, D]` that enters it; None for layer 0: the embeddings do.
             parts: outputs `[R, T, D]` to stand in for parts of that block.
+            columns: with attention stood in for, no token of that block looks at another: it runs these columns only
+                (`parts` have no more), and its output `[R, T, D]` elsewhere is the tensor, which is written into.
         """
         with contextlib.ExitStack() as stack:
             for i in range(layer):
                 block = submodule(self.model, self.spec.blocks[i].block)
                 last = stream if i == layer - 1 else None
                 stack.enter_context(stub(block, _passing(last, self._returns[i])))
+            if columns is not None:
+                block = submodule(self.model, self.spec.blocks[layer].block)
+                stack.enter_context(stub(block, _in_columns(block.forward, *columns)))
             for part in parts:
                 stack.enter_context(stub(part.module, _passing(part.value, part.count)))
             yield
@@ -139,6 +150,22 @@ def _passing(value: torch.Tensor | None, count: int | None) -> Callable:
         return found if count is None else (found, *[None] * (count - 1))
 
     return forward
+
+
+def _in_columns(forward: Callable, columns: slice, whole: torch.Tensor) -> Callable:
+    """A block's forward that runs some columns of the stream and puts its output into `whole`."""
+
+    def partial(*args, **kwargs):
+        if args and isinstance(args[0], torch.Tensor):
+            args = (args[0][:, columns], *args[1:])
+        else:
+            hidden = _hidden(args, kwargs)
+            kwargs = {name: hidden[:, columns] if value is hidden else value for name, value in kwargs.items()}
+        output = forward(*args, **kwargs)
+        whole[:, columns] = first(output)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    return partial
 
 
 @contextlib.contextmanager

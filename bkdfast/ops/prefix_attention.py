@@ -177,11 +177,8 @@ def prefix_attention(
         [[1.0, 1.0], [1.0, 1.0]]
     """
     tensors = (q, k, v, prefix_k, prefix_v)
-    if (
-        forward_gradient()
-        or torch.is_grad_enabled()
-        and any(x.requires_grad for x in (*tensors, sinks) if x is not None)
-    ):
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, sinks))
+    if wanted or forward_gradient():
         raise InvalidArgumentError("prefix_attention has no gradient; call it under torch.no_grad()")
     if sinks is not None and q.dtype in _DTYPES:
         sinks = sinks.to(_accumulator(q.dtype)).contiguous()

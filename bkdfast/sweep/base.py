@@ -254,16 +254,21 @@ class BaseRun:
             return
         attention = record.attention[layer]
         mode = projection_mode(self.model, self.state.spec, layer)
+        projection = submodule(self.model, self.state.spec.blocks[layer].out_proj)
         if site == HEADS and mode == RUN:
             self.state.write(tables)
             with record.resume(layer, stream(layer)):
                 yield
             return
+        # Attention stood in for as a whole, tokens of the block do not meet: it runs where something was edited.
+        columns = self._edited_columns(table, offset, start)
+        alone = attention.module is not projection and columns.stop - columns.start < self.layout.width - start
+        if not alone:
+            columns = slice(0, self.layout.width - start)
         parts = []
         if site == HEADS:
             later = {key: table for key, table in tables.tables.items() if key[1] != layer}
             self.state.write(Tables(later, tables.batch, tables.relative))
-            projection = submodule(self.model, self.state.spec.blocks[layer].out_proj)
             value = edited_projection(
                 projection,
                 self.state.spec.blocks[layer],
@@ -272,20 +277,22 @@ class BaseRun:
                 [variant.heads(layer) for variant in variants],
                 first,
                 offset,
-                self._edited_columns(table, offset),
+                columns,
                 mode,
             )
-        elif site == ATTENTION:
-            value = patch_heads(attention.value[:, skip:].repeat(copies, 1, 1), first, offset)
         else:
-            value = attention.value[:, skip:].repeat(copies, 1, 1)
-            mlp = record.mlp[layer]
-            before = mlp.value.view(self.layout.rows, -1, mlp.value.shape[-1])[:, skip:]  # OPT flattens tokens
-            after = patch_heads(before.repeat(copies, 1, 1), first, offset)
-            shape = after.shape if mlp.value.dim() == 3 else (-1, after.shape[-1])
-            parts.append(Output(after.view(shape), mlp.module, mlp.count))
+            value = attention.value[:, skip:][:, columns].repeat(copies, 1, 1)
+            if site == ATTENTION:
+                value = patch_heads(value, first, offset + columns.start)
+            else:
+                mlp = record.mlp[layer]
+                before = mlp.value.view(self.layout.rows, -1, mlp.value.shape[-1])[:, skip:]  # OPT flattens tokens
+                after = patch_heads(before[:, columns].repeat(copies, 1, 1), first, offset + columns.start)
+                shape = after.shape if mlp.value.dim() == 3 else (-1, after.shape[-1])
+                parts.append(Output(after.view(shape), mlp.module, mlp.count))
         parts.append(Output(value, attention.module, attention.count))
-        with record.resume(layer, stream(layer), parts):
+        only = (columns, record.streams[layer][:, skip:].repeat(copies, 1, 1)) if alone else None
+        with record.resume(layer, stream(layer), parts, only):
             yield
 
     def _offset(self, copies: int, start: int) -> torch.Tensor:
@@ -300,9 +307,11 @@ class BaseRun:
         device = self.state.device
         return EditTable(table.table.to(device), table.coefficients.to(device), table.source.to(device))
 
-    def _edited_columns(self, table: EditTable, offset: torch.Tensor) -> slice:
+    def _edited_columns(self, table: EditTable, offset: torch.Tensor, start: int) -> slice:
         """Columns, counted from the first that runs, that some edit may change; on the host."""
         rows = table.table.long().cpu()
         first = offset.cpu()[rows[:, ORIGIN], rows[:, ROW]]
-        low, high = int((rows[:, START] - first).min()), int((rows[:, STOP] - first).max())
-        return slice(max(low, 0), max(min(high, self.layout.width), 0))
+        width = self.layout.width - start
+        low = min(max(int((rows[:, START] - first).min()), 0), width - 1)
+        high = min(int((rows[:, STOP] - first).max()), width)
+        return slice(low, max(high, low + 1))

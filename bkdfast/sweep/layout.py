@@ -6,7 +6,7 @@ the prompts' lengths and the side they were padded on. Columns behind the last o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +45,9 @@ class Layout:
         """T'."""
         return self.inputs["input_ids"].shape[1]
 
-    def column(self, position: Sequence[int]) -> int:
-        """First column in which some row has its `position`, counted from its first real token."""
-        return min(int(begin) + place for begin, place in zip(self.begin.tolist(), position, strict=True))
+    def column(self, position: Sequence[int], pick: Callable[[Iterable[int]], int] = min) -> int:
+        """First (or another) column in which some row has its `position`, counted from its first real token."""
+        return pick(int(begin) + place for begin, place in zip(self.begin.tolist(), position, strict=True))
 
     def cells(self, start: int, stop: int | None = None) -> torch.Tensor:
         """`[U, 2]` (row, column) pairs, each once, that some metric reads in columns [start, stop)."""

@@ -31,10 +31,11 @@ AMORTISED = 10.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """Variants that run as one batch: all begin at one layer, and run from column `start` on."""
+    """Variants that run as one batch: all begin at one layer, run from column `start` on, and edit `edited` columns."""
 
     variants: tuple[Variant, ...]
     start: int
+    edited: int
 
     @property
     def layer(self) -> int:
@@ -155,25 +156,32 @@ class Plan:
 
 
 def chunks_of(
-    variants: Sequence[Variant], starts: Sequence[int], rows: int, width: int, size: int | None, tokens: int
+    variants: Sequence[Variant],
+    places: Sequence[tuple[int, int]],
+    layout: Layout,
+    size: int | None,
+    tokens: int,
+    *,
+    shared: bool,
 ) -> list[Chunk]:
     """Variants of one job into batches: by layer, those with about as much to run together.
 
     Args:
         variants: with some edit.
-        starts: column of each one's first edit.
-        rows: B.
-        width: T'.
+        places: columns [first, stop) that each one edits.
+        layout: the job's batch.
         size: variants in a batch; None: as many as fill `tokens`.
         tokens: see `TOKENS`.
+        shared: columns before the first edited one need not run.
     """
     found = []
-    order = sorted(zip(variants, starts, strict=True), key=lambda pair: (pair[0].layer, pair[1], pair[0].index))
+    order = sorted(zip(variants, places, strict=True), key=lambda pair: (pair[0].layer, pair[1], pair[0].index))
     while order:
-        layer, start = order[0][0].layer, order[0][1]
-        most = size or max(tokens // (rows * (width - start)), 1)
-        same = [variant for variant, _ in order[:most] if variant.layer == layer]
-        found.append(Chunk(tuple(same), start))
+        layer, start = order[0][0].layer, order[0][1][0] if shared else 0
+        most = size or max(tokens // (layout.rows * (layout.width - start)), 1)
+        same = [pair for pair in order[:most] if pair[0].layer == layer]
+        edited = max(stop for _, (_, stop) in same) - min(first for _, (first, _) in same)
+        found.append(Chunk(tuple(variant for variant, _ in same), start, edited))
         del order[: len(same)]
     return found
 
@@ -203,9 +211,9 @@ def units_of(job: Job, chunks: Sequence[Chunk], costs: Costs, number: int, *, sp
 
 
 def chunk_flops(chunk: Chunk, layout: Layout, costs: Costs) -> float:
-    """Unavoidable flops of a chunk: the edited block's MLP, the blocks after it, logits where the metric reads."""
+    """Unavoidable flops of a chunk: the edited block's MLP at the edited columns, the blocks after it, logits read."""
     layer, width = chunk.layer, layout.width
-    tokens = costs.tokens(layer + 1, chunk.start, width) + (width - chunk.start) * costs.mlps[layer]
+    tokens = costs.tokens(layer + 1, chunk.start, width) + chunk.edited * costs.mlps[layer]
     return len(chunk.variants) * (layout.rows * tokens + len(layout.cells(chunk.start)) * costs.head)
 
 

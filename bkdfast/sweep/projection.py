@@ -65,7 +65,7 @@ def edited_projection(
     columns: slice,
     mode: str,
 ) -> torch.Tensor:
-    """Projection output `[V * B, S, D]` of V variants.
+    """Projection output `[V * B, E, D]` of V variants at E columns.
 
     Args:
         projection: the output projection.
@@ -75,19 +75,15 @@ def edited_projection(
         heads: heads that each variant edits.
         table: edits of `V * B` rows.
         offset: `[3, V * B]`, see `patch_heads`; position of the first column of `z`.
-        columns: columns that some edit may change.
+        columns: the columns that are wanted.
         mode: `UPDATE` or `CALL`.
     """
     copies, rows = len(heads), len(z)
-    found = output.repeat(copies, 1, 1)
-    if columns.stop <= columns.start:
-        return found
     old, shifted = z[:, columns], offset + columns.start
     new = patch_heads(old.repeat(copies, 1, 1), table, shifted)
     count = len(heads[0])
     if mode == CALL or any(len(group) != count for group in heads) or 2 * count > block.heads:
-        found[:, columns] = projection(new)
-        return found
+        return projection(new)
     index = torch.tensor(heads, device=z.device)  # [V, k]
     width = old.shape[1]
     shape = (copies, rows * width, count, block.head_dim)
@@ -98,5 +94,4 @@ def edited_projection(
     weight = (matrix if isinstance(projection, Conv1D) else matrix.T).unflatten(0, (block.heads, -1))  # [H, Dh, D]
     base = output[:, columns].reshape(1, rows * width, -1).expand(copies, -1, -1)
     updated = torch.baddbmm(base, change.flatten(2), weight[index].flatten(1, 2))
-    found[:, columns] = updated.view(copies * rows, width, -1)
-    return found
+    return updated.view(copies * rows, width, -1)

@@ -24,7 +24,7 @@ from bkdfast.sweep.layout import Layout, lay_out
 from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.plan import Chunk, Costs, Job, Plan, Unit
 from bkdfast.sweep.readout_groups import read_groups
-from bkdfast.sweep.variants import HEADS, Grid, first_positions, reads_columns
+from bkdfast.sweep.variants import HEADS, Grid, reads_columns, spans
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Sweep:
         whole_begin, whole_end = prompt_ends({"input_ids": inputs["input_ids"], "attention_mask": mask})
         length = (whole_end - whole_begin + 1).tolist()
         spots = {_key(v.at): v.at for v in self.grid.variants if v.edits}
-        starts = [first_positions(at, last, length) for at in spots.values()]
+        starts = [[first for first, _ in spans(at, last, length)] for at in spots.values()]
         columns = any(reads_columns(edit) for variant in self.grid.variants for edit in variant.edits)
         anchors = None
         if causal and self.join is not None and not columns and starts:
@@ -132,17 +132,20 @@ class Sweep:
     def _chunks(self, job: Job, size: int | None) -> list[Chunk]:
         layout = job.layout
         variants = [variant for variant in self.grid.variants if variant.edits]
-        columns: dict[Any, int] = {}
+        columns: dict[Any, tuple[int, int]] = {}
         for variant in variants:
             if (key := _key(variant.at)) not in columns:
-                spot = first_positions(variant.at, layout.last, [n + layout.width for n in layout.length])
-                columns[key] = min(layout.column(spot), layout.width - 1)
-                if columns[key] > max(int(read.max()) for read in layout.reads) or _after(layout, spot):
+                # Checked before; what is cut off behind the last column read cannot show.
+                rows = spans(variant.at, layout.last, [layout.width + end for end in layout.last])
+                first, stop = ([bounds[i] for bounds in rows] for i in (0, 1))
+                start = min(layout.column(first), layout.width - 1)
+                columns[key] = start, max(min(layout.column(stop, max), layout.width), start + 1)
+                if _after(layout, first):
                     self._note(
                         f"the metric reads no position at or after the edit (at={variant.at!r}): its effect is zero"
                     )
-        starts = [columns[_key(variant.at)] if job.shared else 0 for variant in variants]
-        return planning.chunks_of(variants, starts, layout.rows, layout.width, size, self.tokens)
+        places = [columns[_key(variant.at)] for variant in variants]
+        return planning.chunks_of(variants, places, layout, size, self.tokens, shared=job.shared)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -174,7 +177,7 @@ class Sweep:
             tokens = max(
                 len(c.variants) * job.layout.rows * (job.layout.width - c.start)
                 for job, chunks in zip(self.jobs, self.chunks, strict=True)
-                for c in chunks or [Chunk((), 0)]
+                for c in chunks or [Chunk((), 0, 0)]
             )
             rate = planning.matmul_rate(max(tokens, 1), self.state.spec.width, self.state.dtype, self.state.device)
         return Plan(
@@ -204,7 +207,6 @@ class Sweep:
         """
         unit = self.units[number]
         job = self.jobs[unit.job]
-        chunks = [Chunk(chunk.variants, chunk.start if job.shared else 0) for chunk in unit.chunks]
         with eager(self.model), torch.no_grad():
             base = BaseRun(
                 self.model,
@@ -212,14 +214,14 @@ class Sweep:
                 self.grid,
                 [self.metrics[m] for m in self.members[unit.job]],
                 job.layout,
-                unit.start if job.shared else 0,
+                unit.start,
                 self.join if job.shared else None,
-                max((chunk.start for chunk in chunks), default=0),
-                sorted({layer for chunk in chunks for layer in [chunk.layer]}),
+                max((chunk.start for chunk in unit.chunks), default=0),
+                sorted({chunk.layer for chunk in unit.chunks}),
             )
             base.check_finite(job.first)
             scores = []
-            for chunk in chunks:
+            for chunk in unit.chunks:
                 work = planning.chunk_flops(chunk, job.layout, self.costs) / len(chunk.variants)
                 scores.append(self._scores(base, list(chunk.variants), chunk.start, partial(_advance, advance, work)))
         empty = torch.zeros(0, len(base.metrics), job.layout.rows, dtype=torch.float64)

@@ -174,8 +174,8 @@ def _as_one_head(spec: ModelSpec, edit: Edit) -> tuple[ModelSpec, Edit]:
     return spec, edit
 
 
-def first_positions(at: At, last: Sequence[int], length: Sequence[int]) -> list[int]:
-    """First edited position of each row, counted from its first real token.
+def spans(at: At, last: Sequence[int], length: Sequence[int]) -> list[tuple[int, int]]:
+    """Edited positions [first, stop) of each row, counted from its first real token.
 
     Args:
         at: position argument of an edit.
@@ -185,12 +185,12 @@ def first_positions(at: At, last: Sequence[int], length: Sequence[int]) -> list[
     Raises:
         InvalidArgumentError: a row does not have the position.
     """
-    spans = lowering.positions(at)
-    if lowering.one_a_row(at) and len(spans) != len(last):
-        raise InvalidArgumentError(f"at= gives {len(spans)} positions for a batch of {len(last)} rows")
+    named = lowering.positions(at)
+    if lowering.one_a_row(at) and len(named) != len(last):
+        raise InvalidArgumentError(f"at= gives {len(named)} positions for a batch of {len(last)} rows")
     found = []
     for row, (end, tokens) in enumerate(zip(last, length, strict=True)):
-        origin, start, stop = spans[row if len(spans) > 1 else 0]
+        origin, start, stop = named[row if len(named) > 1 else 0]
         if origin == LAST:
             start, stop = (bound if abs(bound) >= OPEN else bound + end for bound in (start, stop))
         if start >= tokens:
@@ -200,7 +200,7 @@ def first_positions(at: At, last: Sequence[int], length: Sequence[int]) -> list[
             )
         if stop <= 0:
             raise InvalidArgumentError(f"at={at!r} is before the first token of row {row}, which has {end + 1} tokens")
-        found.append(max(start, 0))
+        found.append((max(start, 0), min(stop, tokens)))
     return found
 
 
