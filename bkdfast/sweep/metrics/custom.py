@@ -10,8 +10,7 @@ import torch
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.sweep.metrics.base import Metric, Scored, accumulation
-from bkdfast.sweep.metrics.divergence import extend, reading
-from bkdfast.sweep.metrics.inputs import Tokens
+from bkdfast.sweep.metrics.inputs import Tokens, extend, reading
 
 
 class custom(Metric):  # noqa: N801

@@ -14,7 +14,7 @@ from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.prepare import refuse_dropout
 from bkdfast.hf.spec import submodule
 from bkdfast.sweep.metrics.base import Metric, Scored, log_probs
-from bkdfast.sweep.metrics.inputs import READS, Targets, Tokens, append, last_prompt, prompt_tokens
+from bkdfast.sweep.metrics.inputs import Tokens, extend, reading
 
 
 class _Divergence(Metric):
@@ -166,27 +166,6 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     near = p.exp() * (x + torch.expm1(-x.clamp(-1, 1)))
     far = torch.where(p == -torch.inf, 0.0, p.exp() * x) - p.exp() + q.exp()
     return torch.where(x.abs() < 0.5, near, far).sum(-1)
-
-
-def reading(
-    over: str, targets: Tokens | Sequence[Tokens] | None, tokenizer: Any, word: str = "over"
-) -> tuple[str, Targets | None]:
-    """Check which columns are to be read; the argument is called `word`."""
-    if over not in READS:
-        raise InvalidArgumentError(f"{word}={over!r} is not one of {', '.join(map(repr, READS))}")
-    if (over == "target") != (targets is not None):
-        raise InvalidArgumentError(
-            f"{word}={over!r} reads "
-            + ("the targets' tokens: pass targets=" if targets is None else f"no targets; pass {word}='target'")
-        )
-    return over, None if targets is None else Targets(targets, tokenizer)
-
-
-def extend(over: str, targets: Targets | None, batch: dict[str, torch.Tensor], first: int) -> Scored:
-    """A batch read at the columns that `reading` has checked."""
-    if targets is not None:
-        return append(batch, targets.rows(first, len(batch["input_ids"])))
-    return last_prompt(batch) if over == "last_prompt" else prompt_tokens(batch)
 
 
 def _logits_at(model: torch.nn.Module, scored: Scored) -> torch.Tensor:

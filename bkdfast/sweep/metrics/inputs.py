@@ -113,6 +113,27 @@ def _encode(target: Any, number: int, tokenizer: Any) -> list[int]:
     return ids
 
 
+def reading(
+    over: str, targets: Tokens | Sequence[Tokens] | None, tokenizer: Any, word: str = "over"
+) -> tuple[str, Targets | None]:
+    """Check which columns are to be read; the argument is called `word`."""
+    if over not in READS:
+        raise InvalidArgumentError(f"{word}={over!r} is not one of {', '.join(map(repr, READS))}")
+    if (over == "target") != (targets is not None):
+        raise InvalidArgumentError(
+            f"{word}={over!r} reads "
+            + ("the targets' tokens: pass targets=" if targets is None else f"no targets; pass {word}='target'")
+        )
+    return over, None if targets is None else Targets(targets, tokenizer)
+
+
+def extend(over: str, targets: Targets | None, batch: dict[str, torch.Tensor], first: int) -> Scored:
+    """A batch read at the columns that `reading` has checked."""
+    if targets is not None:
+        return append(batch, targets.rows(first, len(batch["input_ids"])))
+    return last_prompt(batch) if over == "last_prompt" else prompt_tokens(batch)
+
+
 def last_prompt(batch: dict[str, torch.Tensor], tokens: Sequence | None = None) -> Scored:
     """The prompts, read at their last token; `tokens [B]` or `[B, k]` are what is asked there."""
     read = prompt_ends(batch)[1][:, None]
