@@ -71,6 +71,14 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
     if mask is None:
         refuse_unmasked_padding(batch["input_ids"], getattr(config, "pad_token_id", None))
     if spec.causal and mask is not None and "position_ids" not in batch and not mask[:, 0].all():
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        if takes_positions(model):
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return batch
+
+
+def takes_positions(model: torch.nn.Module) -> bool:
+    """The model can be given `position_ids`; a PEFT wrapper hands them on without saying so."""
+    from transformers import PreTrainedModel
+
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    return "position_ids" in inspect.signature(inner.forward).parameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from bkdfast.errors import InvalidArgumentError
-from bkdfast.hf.batch import complete
+from bkdfast.hf.batch import complete, takes_positions
 from bkdfast.hf.capture import eager
 from bkdfast.hf.edits import At
 from bkdfast.hf.positions import prompt_ends
@@ -109,7 +108,6 @@ class Sweep:
         last = (end - begin).tolist()
         width = scored[0].batch["input_ids"].shape[1]
         causal = self.state.spec.causal and not depends_on_length(self.model, width)
-        takes_positions = causal and "position_ids" in inspect.signature(self.model.forward).parameters
         inputs = scored[0].batch
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         whole_begin, whole_end = prompt_ends({"input_ids": inputs["input_ids"], "attention_mask": mask})
@@ -120,7 +118,9 @@ class Sweep:
         anchors = None
         if causal and self.join is not None and not columns and starts:
             anchors = [min(row) for row in zip(*starts, strict=True)]
-        layout = lay_out(scored, last, anchors, causal=causal, with_positions=takes_positions and anchors is not None)
+        layout = lay_out(
+            scored, last, anchors, causal=causal, with_positions=takes_positions(self.model) and anchors is not None
+        )
         start = layout.column(anchors) if anchors is not None else 0
         shared = anchors is not None and (start >= planning.WORTH * layout.width or bool(self.share and start))
         if shared and any(metric.whole_rows for metric in self.metrics):
