@@ -3,7 +3,7 @@
 from bkdfast import hf
 from bkdfast._version import __version__
 from bkdfast.errors import BkdfastError
-from bkdfast.hf.capture import head_means, head_outputs
+from bkdfast.hf.capture import head_means, head_outputs, site_means, site_outputs
 from bkdfast.hf.edits import Add, Edit, Mean, Patch, Resample, Scale, Zero
 from bkdfast.hf.intervene import intervene, patch_many
 from bkdfast.hf.prepare import prepare
@@ -38,5 +38,7 @@ __all__ = [
     "patch_heads",
     "patch_many",
     "prepare",
+    "site_means",
+    "site_outputs",
     "sweep",
 ]

@@ -107,7 +107,8 @@ class Patch(Edit):
         source: `[Dh]` for one head; `[n, Dh]` for n heads given as a list; `[L, H, Dh]`, as `head_means` returns;
             `[B, L, H, Dh]`, one for each row, as `head_outputs` returns at one position; `[B, T, L, H, Dh]`, also one
             for each token: with `at="all"` of each column, padding included, as `head_outputs(at="all")` returns it;
-            else from the first position of `at` on. For neurons the same without Dh.
+            else from the first position of `at` on, for T tokens. `[1, ...]` serves all rows. For neurons the same
+            without Dh.
         layer: layer or layers; None: every layer.
         head: query head or heads; None: every head.
         **where: `neuron`, `at`, `rows` of `Edit`.
@@ -118,7 +119,11 @@ class Patch(Edit):
 
 
 class Mean(Patch):
-    """Mean ablation, `z := mean`; arguments as for `Patch`, the source is a mean over a reference distribution."""
+    """Mean ablation, `z := mean`; arguments as for `Patch`, the source is a mean over a reference distribution.
+
+    One mean for each position: `Mean(head_means(model, data, at="each"), at=slice(0, None))`; tokens beyond the longest
+    row of the reference stay as they are.
+    """
 
 
 class Resample(Patch):

@@ -183,9 +183,11 @@ def _bounded(edit: Edit, origin: int, start: int, stop: int, tokens: int) -> tup
     if (start, stop) == (-OPEN, OPEN):
         return COLUMN, 0, tokens
     if start <= -OPEN:
-        raise InvalidArgumentError(
-            f"{edit!r}: a source with a token dimension needs a first position; give at=slice(0, None) or at='all'"
-        )
+        if origin == LAST:
+            raise InvalidArgumentError(
+                f"{edit!r}: a source with a token dimension needs a first position; give at=slice(0, None) or at='all'"
+            )
+        start = 0  # a sweep knows where the prompt ends
     return origin, start, min(stop, start + tokens)
 
 
@@ -209,7 +211,11 @@ def _indices(chosen, count: int, name: str, where: str) -> list[int]:
 def _source(
     edit: Edit, layer: int, pieces: list[int], width: int, slices: int, layers: int
 ) -> tuple[torch.Tensor | None, int | None, int]:
-    """The source as `[B or 1, T or 1, len(pieces), W]`, with B where it is given for each row, and T (0 without)."""
+    """The source as `[B or 1, T or 1, len(pieces), W]`, with B where it is given for each row, and T (0 without).
+
+    One entry where there could be B of them serves all rows; of each column of a batch (`at="all"`) it cannot, as rows
+    begin in different ones.
+    """
     if edit.source is None:
         return None, None, 0
     given, source = tuple(edit.source.shape), edit.source.detach()
@@ -224,9 +230,8 @@ def _source(
         at_layer = source[..., layer, pieces, :]
         if len(shape) == 3:
             return at_layer[None, None], None, 0
-        if len(shape) == 4:
-            return at_layer[:, None], shape[0], 0
-        return at_layer, shape[0], shape[1]
+        per_row = shape[0] if shape[0] > 1 or (len(shape) == 5 and positions(edit.at) == [NAMED["all"]]) else None
+        return (at_layer[:, None], per_row, 0) if len(shape) == 4 else (at_layer, per_row, shape[1])
     unit = "[Dh]" if edit.site == HEADS else "a scalar"
     raise InvalidArgumentError(
         f"the source of {edit!r} has shape {given}; layer {layer} needs {unit} of width {width}, one for each of the "

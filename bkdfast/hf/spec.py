@@ -78,6 +78,22 @@ class ModelSpec:
         """Number of blocks L."""
         return len(self.blocks)
 
+    def outputs(self, site: str) -> list[str]:
+        """Of each layer, the module that returns its `"attention"`, `"mlp"` or `"residual"` output.
+
+        Raises:
+            InvalidArgumentError: another site, or a layer whose MLP is not known.
+        """
+        if site not in ("attention", "mlp", "residual"):
+            raise InvalidArgumentError(f"site={site!r} is not one of 'attention', 'mlp', 'residual'")
+        found = []
+        for layer, block in enumerate(self.blocks):
+            path = {"attention": block.out_proj, "mlp": block.mlp_output, "residual": block.block}[site]
+            if path is None:
+                raise InvalidArgumentError(f"layer {layer} of {self.family} has no MLP that is known; pass spec= with mlp=")
+            found.append(path)
+        return found
+
     def check(self, model: torch.nn.Module) -> ModelSpec:
         """Check every path and size of this spec against `model`; returns the spec itself.
 

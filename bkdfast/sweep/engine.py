@@ -68,7 +68,9 @@ def sweep(
             three have D numbers a layer: `[D]`, `[L, D]`, `[B, L, D]` or `[B, T, L, D]`.
         heads: (layer, head) pairs, or lists of such pairs: sets that are edited together. None: every head.
         layers: layers of the other sites; None: all.
-        positions: an axis of positions instead of `at`, e.g. `range(8)`.
+        positions: an axis of positions instead of `at`, e.g. `range(8)`. Of a source `[B, T, L, H, Dh]` (or with
+            `[1, T, ...]` for all rows) each takes its own entries, counted from a row's first real token, as
+            `head_outputs(at="each")` and `site_outputs(at="each")` return them.
         plan: only plan: return a `Plan` that can be printed; nothing runs but a matrix product that is timed.
         variants: edits that share a batch; None: as many as fill it.
         share_prefix: run only the tokens from the first edited one on, over the others' keys and values. None: where
@@ -117,7 +119,7 @@ def sweep(
             raise InvalidArgumentError("sweep cannot run inside intervene(); its baseline would be edited too")
         places = grid(state.spec, edit, at=at, site=site, heads=heads, layers=layers, positions=positions)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
-        _refuse_misfits(model, state.spec, edit, metrics, checked)
+        _refuse_misfits(model, state.spec, places.template, metrics, checked)
         world = units.join()[1]
         division: dict[str, Any] = {
             "variants": variants,
@@ -213,7 +215,7 @@ def _refuse_misfits(
                 f"{type(model).__name__} has no head: its output is the residual stream, not logits of tokens; load "
                 "the model with its head (AutoModelForCausalLM)"
             )
-    if len(data) > 1 and template.source is not None and template.source.dim() > 3:
+    if len(data) > 1 and template.source is not None and template.source.dim() > 3 and len(template.source) > 1:
         raise InvalidArgumentError(
             f"{template!r} has a source for each row, but there are {len(data)} batches; sweep them one by one"
         )

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf import lowering
 from bkdfast.hf.edits import At, Edit
@@ -97,15 +99,17 @@ def grid(
     else:
         if heads is not None:
             raise InvalidArgumentError(f"heads= does not go with site={site!r}; give layers=")
+        spec.outputs(site)  # every layer has one
         spec, edit = _as_one_head(spec, edit)
         places, dims, coords, shape = _layers(layers, spec)
     spots = [edit.at if at is None else at] if positions is None else list(positions)
     if positions is not None:
         dims, coords, shape = (*dims, "position"), {**coords, "position": spots}, (*shape, len(spots))
+    moved = [edit.to(at=spot) if positions is None else _moved(edit, spot) for spot in spots]
     variants = [
         Variant(
             index * len(spots) + i,
-            tuple(edit.to(layer=layer, head=head, at=spot) for layer, head in place),
+            tuple(moved[i].to(layer=layer, head=head) for layer, head in place),
             min((layer for layer, _ in place), default=spec.layers),
             spot,
         )
@@ -113,6 +117,27 @@ def grid(
         for i, spot in enumerate(spots)
     ]
     return Grid(site, spec, edit.to(at=spots[0]), variants, dims, coords, shape)
+
+
+def _moved(edit: Edit, spot: At) -> Edit:
+    """The template at one of several positions, with the entries of its source that are for that position."""
+    moved, source = edit.to(at=spot), edit.source
+    if source is None or source.dim() < 5 or (isinstance(spot, str) and spot == "prompt"):
+        return moved
+    (origin, start, stop), *others = spans = lowering.positions(spot)
+    if origin == LAST or start < 0:
+        raise InvalidArgumentError(
+            f"position {spot!r} does not count from a row's first token, as the entries of a source with one for each "
+            "token do; give such positions, or 'prompt'"
+        )
+    if start >= source.shape[1] or any(begin >= source.shape[1] for _, begin, _ in others):
+        raise InvalidArgumentError(f"position {spot!r} is beyond the {source.shape[1]} tokens that the source is for")
+    if not others:
+        return moved.with_source(source[:, start:stop])
+    if len(source) not in (1, len(spans)):
+        raise InvalidArgumentError(f"{spot!r} has {len(spans)} positions, but the source is for {len(source)} rows")
+    rows = torch.arange(len(spans)) if len(source) > 1 else torch.zeros(len(spans), dtype=torch.long)
+    return moved.with_source(source[rows, [begin for _, begin, _ in spans]][:, None])
 
 
 def _heads(heads, spec: ModelSpec):

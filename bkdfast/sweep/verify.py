@@ -18,7 +18,7 @@ from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.spec import ModelSpec, submodule
 from bkdfast.sweep.metrics import Metric, Scored
-from bkdfast.sweep.variants import ATTENTION, HEADS, MLP, Variant
+from bkdfast.sweep.variants import HEADS, Variant
 
 if TYPE_CHECKING:
     from bkdfast.sweep.run import Sweep
@@ -93,12 +93,13 @@ def plain_edits(
         own = slice(edit.head * block.head_dim, (edit.head + 1) * block.head_dim) if site == HEADS else slice(None)  # type: ignore[operator]
         for row, start in enumerate(begins):
             columns = _columns(edit.at, start, start + last[row], x.shape[1], row)
-            if edit.source is not None and edit.source.dim() == 5:  # one entry a token, for as many as there are
-                columns = columns[: edit.source.shape[1]]
-            for i, column in enumerate(columns):
+            first = _first_column(edit.at, start, start + last[row], columns)
+            for column in columns:
+                if edit.source is not None and edit.source.dim() == 5 and not 0 <= column - first < edit.source.shape[1]:
+                    continue  # one entry a token, for as many as there are
                 new = edit.a * x[row, column, own]
                 if edit.source is not None:
-                    new = new + edit.b * _source(edit, row, i).to(x)
+                    new = new + edit.b * _source(edit, row, column - first).to(x)
                 x[row, column, own] = new
         return x.view(flat)
 
@@ -119,8 +120,8 @@ def plain_edits(
         if site == HEADS:
             handles.append(submodule(model, block.out_proj).register_forward_pre_hook(on_input(edit)))
         else:
-            path = {ATTENTION: block.out_proj, MLP: block.mlp_output}.get(site, block.block)
-            handles.append(submodule(model, path or block.block).register_forward_hook(on_output(edit)))
+            path = spec.outputs(site)[edit.layer]  # type: ignore[index]
+            handles.append(submodule(model, path).register_forward_hook(on_output(edit)))
     try:
         yield
     finally:
@@ -146,6 +147,13 @@ def _columns(at: At, begin: int, end: int, width: int, row: int) -> list[int]:
     return [(prompt + later)[int(at[row])]]
 
 
+def _first_column(at: At, begin: int, end: int, columns: list[int]) -> int:
+    """The column that the first entry of a source with one entry a token is for."""
+    if isinstance(at, slice) and at.start is not None and at.start < 0:
+        return end + 1 + at.start  # before the row's first token where that is short
+    return begin if isinstance(at, str) and at == "prompt" else min(columns, default=begin)
+
+
 def _source(edit: Edit, row: int, token: int) -> torch.Tensor:
     """The source's entry `[W]` of one cell."""
     source = edit.source
@@ -153,7 +161,7 @@ def _source(edit: Edit, row: int, token: int) -> torch.Tensor:
     if source.dim() < 3:
         return source if source.dim() == 1 else source[0]
     if source.dim() == 4:
-        source = source[row]
+        source = source[row if len(source) > 1 else 0]
     elif source.dim() == 5:
         source = source[row if len(source) > 1 else 0, token]
     return source[edit.layer, edit.head]
