@@ -41,8 +41,8 @@ def head_outputs(
         progress: show a progress bar over batches.
 
     Returns:
-        `[N, L, H, Dh]` for one position a row; `[N, T, L, H, Dh]` for `"each"` and `"all"`. In the model's dtype, on its
-        device.
+        `[N, L, H, Dh]` for one position a row; `[N, T, L, H, Dh]` for `"each"` and `"all"`. In the model's dtype, on
+        its device.
 
     Raises:
         InvalidArgumentError: no data, a position outside a row, or layers with different numbers of heads.
@@ -104,8 +104,8 @@ def head_means(
     """Mean z of every head over rows.
 
     Arguments and errors as for `head_outputs`, but `"all"` is the mean over all real tokens as well, of any number of
-    batches. Sums are float64, so the result does not depend on the batch size beyond the model's own rounding; one batch
-    is in memory at a time.
+    batches. Sums are float64, so the result does not depend on the batch size beyond the model's own rounding; one
+    batch is in memory at a time.
 
     Returns:
         `[L, H, Dh]` float32 (float64 for a float64 model): the source of `Mean`, or of `Patch` in backdoor attribution.
@@ -241,8 +241,7 @@ def record_site(model: torch.nn.Module, spec: ModelSpec, site: str) -> Iterator[
         return hook
 
     handles = [
-        submodule(model, path).register_forward_hook(recorder(layer))
-        for layer, path in enumerate(spec.outputs(site))
+        submodule(model, path).register_forward_hook(recorder(layer)) for layer, path in enumerate(spec.outputs(site))
     ]
     try:
         yield found

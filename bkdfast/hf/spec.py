@@ -90,7 +90,9 @@ class ModelSpec:
         for layer, block in enumerate(self.blocks):
             path = {"attention": block.out_proj, "mlp": block.mlp_output, "residual": block.block}[site]
             if path is None:
-                raise InvalidArgumentError(f"layer {layer} of {self.family} has no MLP that is known; pass spec= with mlp=")
+                raise InvalidArgumentError(
+                    f"layer {layer} of {self.family} has no MLP that is known; pass spec= with mlp="
+                )
             found.append(path)
         return found
 

@@ -17,6 +17,7 @@ from bkdfast.hf.edits import At
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.prepare import Prepared
 from bkdfast.hf.shared_prefix import depends_on_length, joining
+from bkdfast.hf.spec import ModelSpec
 from bkdfast.sweep import plan as planning
 from bkdfast.sweep.base import BaseRun
 from bkdfast.sweep.layout import Layout, lay_out
@@ -87,21 +88,10 @@ class Sweep:
 
     def _grouped(self, batch: dict, first: int) -> Iterator[tuple[tuple[int, ...], list[Scored]]]:
         """Metrics that share a run, and what each reads: completed, on the model's device."""
-        bare = {name: value for name, value in batch.items() if name != "position_ids"}
-        extended = [metric.extend(bare, first) for metric in self.metrics]
         spec = self.state.spec
-        for metric, scored in zip(self.metrics, extended, strict=True):
-            if not spec.causal and scored.batch["input_ids"].shape != batch["input_ids"].shape:
-                raise InvalidArgumentError(
-                    f"{metric.name} appends the target to the prompt, but in {spec.family} attention looks ahead: the "
-                    "model would see the tokens it is scored on; use logit_diff"
-                )
+        extended = [extend(metric, batch, first, spec) for metric in self.metrics]
         for group in read_groups(extended, causal=spec.causal):
-            full = complete(self.model, group.batch, spec)
-            yield (
-                group.members,
-                [dataclasses.replace(part, batch=full).to(full["input_ids"].device) for part in group.scored],
-            )
+            yield group.members, [completed(self.model, spec, part) for part in group.scored]
 
     def _job(self, batch: dict, first: int, scored: list[Scored]) -> Job:
         begin, end = prompt_ends(batch)
@@ -280,6 +270,27 @@ class Sweep:
 def _out_of_memory(error: RuntimeError) -> bool:
     """Memory ran out, on a GPU or (torch raises a plain RuntimeError there) on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def extend(metric: Metric, batch: dict[str, torch.Tensor], first: int, spec: ModelSpec) -> Scored:
+    """What a metric must see of a batch of prompts whose first row is sample `first`.
+
+    Raises:
+        InvalidArgumentError: it appends tokens, and attention looks ahead.
+    """
+    scored = metric.extend({name: value for name, value in batch.items() if name != "position_ids"}, first)
+    if not spec.causal and scored.batch["input_ids"].shape != batch["input_ids"].shape:
+        raise InvalidArgumentError(
+            f"{metric.name} appends the target to the prompt, but in {spec.family} attention looks ahead: the model "
+            "would see the tokens it is scored on; use logit_diff"
+        )
+    return scored
+
+
+def completed(model: torch.nn.Module, spec: ModelSpec, scored: Scored) -> Scored:
+    """With all that the model takes, on its device."""
+    full = complete(model, scored.batch, spec)
+    return dataclasses.replace(scored, batch=full).to(full["input_ids"].device)
 
 
 def _key(at: At) -> Any:

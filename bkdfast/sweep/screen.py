@@ -51,8 +51,8 @@ from bkdfast.ops.patch_heads import patch_heads
 from bkdfast.sweep.engine import _refuse_misfits
 from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.ranks import Head, ranked
-from bkdfast.sweep.run import scored_batch
-from bkdfast.sweep.variants import Grid, describe_at, first_positions, grid
+from bkdfast.sweep.run import completed, extend
+from bkdfast.sweep.variants import Grid, describe_at, grid, spans
 
 PATHS = ("layer", "joint")
 
@@ -227,7 +227,7 @@ class _Run:
         self.first = first
         begin, end = prompt_ends(batch)
         self.last = (end - begin).tolist()
-        scored = scored_batch(model, state.spec, metric, batch, first)
+        scored = completed(model, state.spec, extend(metric, batch, first, state.spec))
         # A batch made in inference mode cannot enter a graph.
         inputs = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in scored.batch.items()}
         self.scored = Scored(inputs, scored.read.clone(), scored.tokens.clone(), scored.weight.clone())
@@ -240,7 +240,7 @@ class _Run:
 
     def estimate(self, places: Grid, groups: Sequence[Sequence[int]], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Baseline `[B]` and estimates `[L, H, B]` on the host; `groups` of layers move together."""
-        first_positions(places.template.at, self.last, self.length)  # raises where a row has no such position
+        spans(places.template.at, self.last, self.length)  # raises where a row has no such position
         layers = range(self.spec.layers)
         with self.recording.record(layers) if len(groups) > 1 else contextlib.nullcontext():
             values, z, slopes = self.at(layers, begin=True)

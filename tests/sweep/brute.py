@@ -125,7 +125,9 @@ class Brute:
                 )
             else:
                 handles.append(
-                    module.register_forward_hook(lambda m, a, o, layer=layer: found.__setitem__(layer, _first(o).clone()))
+                    module.register_forward_hook(
+                        lambda m, a, o, layer=layer: found.__setitem__(layer, _first(o).clone())
+                    )
                 )
         try:
             tokens = [*self.prompts[sample], *follows]
@@ -194,7 +196,7 @@ def logprob(targets: Sequence[Sequence[int]]) -> Measure:
 
 def logit_diff(right: int, wrong: int) -> Measure:
     """Logit of one token minus that of another at the last prompt token."""
-    return Measure(None, lambda logits, base, tokens, prompt, n: (logits[prompt - 1, right] - logits[prompt - 1, wrong]))
+    return Measure(None, lambda logits, base, tokens, prompt, n: logits[prompt - 1, right] - logits[prompt - 1, wrong])
 
 
 def close(found: torch.Tensor, want: torch.Tensor, *, rtol: float = 1e-4, atol: float = 2e-5, least: float = 1e-2):

@@ -1,4 +1,4 @@
-"""The table of the exactness tests: edits x where they are made, in bkdfast's words and as plain changes of one vector."""
+"""The table of the exactness tests: edits x places, in bkdfast's words and as plain changes of one vector."""
 
 from __future__ import annotations
 
