@@ -76,8 +76,8 @@ def sweep(
         share_prefix: run only the tokens from the first edited one on, over the others' keys and values. None: where
             it pays; False: never; True: an error where it cannot be.
         verify: number of random (batch, variant) cells to compute again with plain hooks and full forwards; a mismatch
-            raises, and the largest difference is the noise floor in the result's facts. None: 4 for a model family that
-            is not in the tested list, else 0.
+            raises, and the largest difference is the `noise_floor` in the result's facts. None: 4 for a model family
+            that is not in the tested list, else 0.
         spec: where the heads are, when the family is not known.
         out: folder that keeps finished units of work. A sweep that was killed continues there with the same call and
             computes nothing twice. Needed for several processes (`torchrun`), which share the work.
@@ -163,7 +163,7 @@ def sweep(
         costs = [unit.flops for unit in job.units]
         run = units.run_units(len(costs), job.compute, store, costs=costs, progress=progress, description=what)
         scores, baseline = job.collect(dict(run))
-        error = check_cells(job, scores, verify) if verify else None
+        checked_cells = check_cells(job, scores, verify) if verify else None
     facts = {
         "family": state.spec.family,
         "dtype": str(state.dtype).removeprefix("torch."),
@@ -172,7 +172,6 @@ def sweep(
         "variants": job.most,
         "shared_prefix": any(part.shared for part in job.jobs),
         "verified_cells": verify,
-        "largest_error": error,
         "provenance": described,
     }
     seconds = time.perf_counter() - started
@@ -183,7 +182,11 @@ def sweep(
             one.name,
             type(edit).__name__,
             seconds,
-            dict(facts),
+            {
+                **facts,
+                "largest_error": checked_cells[m].relative if checked_cells else None,
+                "noise_floor": checked_cells[m].absolute if checked_cells else None,
+            },
         )
         for m, one in enumerate(metrics)
     }

@@ -53,6 +53,7 @@ class Metric:
         needs_base: `begin` wants the unedited model's logits.
         needs_causal: it scores the prompt's own tokens, which attention that looks ahead has seen.
         needs_head: it reads logits of vocabulary tokens; a model without a language-model head will not do.
+        discrete: values are counts or ranks, which rounding can move by a whole step.
         whole_rows: `score_rows` takes the place of `token` and `reduce`.
     """
 
@@ -60,6 +61,7 @@ class Metric:
     needs_base: bool = False
     needs_causal: bool = False
     needs_head: bool = True
+    discrete: bool = False
     whole_rows: bool = False
 
     def __init__(self, *, name: str | None = None) -> None:

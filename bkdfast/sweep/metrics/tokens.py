@@ -156,6 +156,7 @@ class accuracy(_OfTokens):  # noqa: N801
         (tensor([0.5000]), tensor([0.]))
     """
 
+    discrete = True
     name = "accuracy"
 
     def __init__(
@@ -259,6 +260,7 @@ class rank(Metric):  # noqa: N801
         tensor([2.])
     """
 
+    discrete = True
     name = "rank"
 
     def __init__(self, token: Token, tokenizer: Any = None, *, name: str | None = None) -> None:
