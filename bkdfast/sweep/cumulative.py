@@ -30,6 +30,7 @@ from bkdfast.sweep.engine import sweep
 from bkdfast.sweep.metrics import Metric
 from bkdfast.sweep.ranks import NOT_HERE, Head
 from bkdfast.sweep.result import SweepResult
+from bkdfast.sweep.units import place
 
 ADD, REMOVE = "add", "remove"
 
@@ -257,14 +258,14 @@ def cumulative(
     sets = [frozenset(whole), *(edited(order[:k]) for order in lines for k in sizes)]
     unique = list(dict.fromkeys(sets))  # the ends of the curves are the same sets
     found = run(unique, "curve", progress)
-    place = {group: i for i, group in enumerate(unique)}
-    effects = found.effects[[place[group] for group in sets]]
+    index = {group: i for i, group in enumerate(unique)}
+    effects = found.effects[[index[group] for group in sets]]
     full, curves = effects[0], effects[1:].view(len(lines), len(sizes), -1)
     if rerank:
         sign = {"increase": 1.0, "decrease": -1.0, None: 1.0 if full.mean() >= 0 else -1.0}[by]
         chosen: list[Head] = []
         steps = [torch.zeros_like(full) if direction == ADD else full]
-        for step in tqdm(range(1, sizes[-1] + 1), desc="greedy", unit="head", disable=not progress):
+        for step in tqdm(range(1, sizes[-1] + 1), desc="greedy", unit="head", disable=not progress or place()[0] > 0):
             tried = [head for head in ranking if head not in chosen][:keep]
             here = run([edited([*chosen, head]) for head in tried], f"step-{step:04d}", False)
             strength = sign * here.effects.mean(-1)
@@ -293,7 +294,12 @@ def cumulative(
 
 
 def _check_ranking(ranking: Sequence[Head], whole: Sequence[Head]) -> list[Head]:
-    found = [(int(layer), int(head)) for layer, head in ranking]
+    try:
+        found = [(int(layer), int(head)) for layer, head in ranking]
+    except TypeError:
+        raise InvalidTypeError(
+            f"ranking must be a list of (layer, head) pairs such as sweep(...).top(32), got {type(ranking).__name__}"
+        ) from None
     if not found:
         raise InvalidArgumentError("ranking is empty; give (layer, head) pairs, the most important first")
     known = set(whole)

@@ -55,7 +55,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> Correlation:
 
     Example:
         >>> print(spearman(torch.arange(8.0), torch.tensor([0.0, 2, 1, 3, 4, 6, 5, 7])))
-        0.95 [0.69, 0.99] (n = 8)
+        0.95 [0.66, 0.99] (n = 8)
     """
     n = len(a)
     x, y = (_mean_ranks(v.double()) for v in (a, b))
@@ -83,8 +83,8 @@ def most_in_population(found: int, drawn: int, population: int, *, level: float 
     Drawn without replacement, so the bound is `found` itself where all were drawn (hypergeometric, one-sided).
 
     Example:
-        >>> most_in_population(0, 16, 100)  # none of 16: at most 16 of the 100
-        16
+        >>> most_in_population(0, 16, 100)  # none of 16: at most 15 of the 100
+        15
     """
     most = found
     for count in range(found + 1, population - drawn + found + 1):

@@ -262,9 +262,11 @@ class _Run:
                     for layer in group:
                         part = self._product(layer, slopes[layer], changes[layer])
                         found[layer, : self.spec.blocks[layer].heads] += weight / 2 * part
-        bad = ~torch.isfinite(found) & ~found.isnan().all(-1, keepdim=True)
-        if bad.any():
-            layer, head, row = bad.nonzero()[0].tolist()
+        for layer in layers:
+            bad = ~torch.isfinite(found[layer, : self.spec.blocks[layer].heads])
+            if not bad.any():
+                continue
+            head, row = bad.nonzero()[0].tolist()
             raise NonFiniteError(
                 f"the gradient of the {self.metric.name} of sample {self.first + row} with respect to layer {layer}, "
                 f"head {head} is not finite, though the metric is; check the dtype (overflow in float16?)"

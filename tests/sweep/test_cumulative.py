@@ -201,6 +201,7 @@ def test_table_and_picture():
     [
         (dict(ranking=[]), "ranking is empty"),
         (dict(ranking=[(0, 1), (0, 1)]), r"names head \(0, 1\) twice"),
+        (dict(ranking=5), "such as sweep"),
         (dict(ranking=[(0, 4)]), r"head \(0, 4\) is out of range"),
         (dict(sizes=[6]), r"sizes=\[6\]"),
         (dict(sizes=[]), r"sizes=\[\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 
@@ -278,6 +279,21 @@ def test_integrated_gradients_add_up_to_the_effect_of_the_whole_path(padding):
     assert not torch.allclose(joint.sum(1), by_layer.sum(1), atol=0.05)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+def test_blocks_before_the_layer_on_the_path_need_not_run(family, monkeypatch):
+    model, batch = zoo.build(family), zoo.batch(padding="right")
+    metric, runs = bf.metrics.logit_diff(5, 6), []
+    options = dict(edit=bf.Scale(0.5), metric=metric, at="prompt", steps=2)
+    handle = bf.hf.spec.submodule(model, bf.hf.describe(model).blocks[0].norms[0]).register_forward_hook(
+        lambda *_: runs.append(1)
+    )
+    found = screened(model, batch, **options).estimate
+    assert len(runs) == 3, "the unedited run, and layer 0's two points"
+    handle.remove()
+    monkeypatch.setattr("bkdfast.hf.prefix.Recording.resume", lambda *_: contextlib.nullcontext())
+    torch.testing.assert_close(found, screened(model, batch, **options).estimate, atol=1e-5, rtol=1e-4)
+
+
 def test_integrated_gradients_mend_a_saturated_probability():
     """Logits are linear in z, so all that bends is the softmax, which is near 1 at the unedited run."""
     torch.manual_seed(2)
@@ -341,6 +357,18 @@ def test_a_prepared_model_and_a_frozen_one_give_the_same():
         handle.remove()
     model.requires_grad_(False)
     assert torch.equal(screened(model, batch, bf.Zero(), metric).estimate, expected)
+
+
+def test_metrics_of_whole_rows_and_losses():
+    model, batch = zoo.build("llama"), zoo.batch()
+    own = bf.metrics.custom(lambda logits: logits[:, -1, 5] - logits[:, -1, 6], name="own")
+    expected = screened(model, batch, bf.Zero(), bf.metrics.logit_diff(5, 6)).estimate
+    torch.testing.assert_close(screened(model, batch, bf.Zero(), own).estimate, expected)
+    loss = screened(model, batch, bf.Zero(), bf.metrics.loss([5, 6])).estimate
+    torch.testing.assert_close(loss, -screened(model, batch, bf.Zero(), bf.metrics.target_logprob([5, 6])).estimate)
+    sharp = bf.metrics.custom(lambda logits: (0 * logits[:, -1, 5]).sqrt(), name="sharp")
+    with pytest.raises(NonFiniteError, match="gradient of the sharp of sample 0 with respect to layer 0, head 0"):
+        screened(model, batch, bf.Zero(), sharp)
 
 
 def test_bfloat16_is_near_float32():
