@@ -40,6 +40,8 @@ LEASE = 20.0
 """Seconds without a heartbeat after which a rank counts as lost."""
 
 Tensors = dict[str, torch.Tensor]
+_JOINED: tuple[Any, int, int] | None = None
+"""The c10d store, rank and number of processes that `join` found."""
 
 
 def run_units(
@@ -121,13 +123,18 @@ def place() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return _JOINED[1:] if _JOINED else (0, 1)
 
 
 def join() -> tuple[int, int]:
-    """As `place`, after joining the other processes if a launcher such as `torchrun` started this one among several."""
-    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
+    """As `place`, after meeting the other processes if a launcher such as `torchrun` started this one among several.
+
+    They meet in the c10d store only: a process group would connect each to each, and hang or fail with the first lost.
+    """
+    global _JOINED
+    several = dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and _JOINED is None:
+        _JOINED = next(dist.rendezvous("env://"))
     return place()
 
 
@@ -280,7 +287,10 @@ class _Session:
 def _c10d(store: Store) -> Any:
     """The process group's store, with keys of this sweep only; None if the backend has none (MPI)."""
     try:
-        default = dist.distributed_c10d._get_default_store()
+        if _JOINED is not None and not dist.is_initialized():
+            default = _JOINED[0]
+        else:
+            default = dist.distributed_c10d._get_default_store()
     except (AttributeError, ValueError, RuntimeError):
         return None
     return dist.PrefixStore(f"bkdfast/{store.key}", default)

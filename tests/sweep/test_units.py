@@ -233,12 +233,11 @@ def test_the_bar_counts_what_was_there_as_done(tmp_path, capsys):
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-import torch.distributed as dist
 from bkdfast.sweep.store import Store
 from bkdfast.sweep.units import join, run_units
 from tests.sweep.processes import compute, same
 rank, world = join()
-assert world == 2 and dist.is_initialized()
+assert world == 2
 folder = Path(sys.argv[1])
 def logged(unit, advance=None):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
