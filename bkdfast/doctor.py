@@ -12,7 +12,8 @@ import torch
 import bkdfast.ops.cosine_monitor
 import bkdfast.ops.delta_sketch
 import bkdfast.ops.norm_tap
-import bkdfast.ops.patch_heads  # noqa: F401  importing an op file registers it
+import bkdfast.ops.patch_heads
+import bkdfast.ops.prefix_attention  # noqa: F401  importing an op file registers it
 from bkdfast import _host
 from bkdfast._build import read_build_info
 from bkdfast._version import __version__
