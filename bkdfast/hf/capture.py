@@ -88,7 +88,7 @@ def site_outputs(
         >>> pair = load_pair()
         >>> batch = pair.tokenizer(["news : the team won", "news : markets fell"], return_tensors="pt", padding=True)
         >>> bf.site_outputs(pair.tuned, batch, site="residual").shape
-        torch.Size([2, 6, 256])
+        torch.Size([2, 6, 128])
     """
     return _outputs(_stream(model, data, spec, progress, site), at)
 
