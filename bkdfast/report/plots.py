@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import secrets
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -146,7 +147,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @_styled
-def head_heatmap(values: torch.Tensor, label: str, title: str, mark: Sequence[tuple[int, int]] | None = None) -> Figure:
+def head_heatmap(
+    values: torch.Tensor,
+    label: str,
+    title: str,
+    mark: Sequence[tuple[int, int]] | None = None,
+    *,
+    names: tuple[str, str] = ("layer", "head"),
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Figure:
     """Heat map of one value a head, layers upwards and heads to the right, colours centred at zero.
 
     Args:
@@ -154,6 +164,9 @@ def head_heatmap(values: torch.Tensor, label: str, title: str, mark: Sequence[tu
         label: what the values are, with unit; beside the colour bar.
         title: above the map.
         mark: (layer, head) to outline; None: the ten largest absolute values.
+        names: what rows and columns are, in a map of something else.
+        rows: names of the rows; None: their numbers.
+        columns: names of the columns; None: their numbers.
     """
     import matplotlib
     from matplotlib.patches import Rectangle
@@ -169,16 +182,17 @@ def head_heatmap(values: torch.Tensor, label: str, title: str, mark: Sequence[tu
 
     wide = WIDTH - 1.7  # inches of the map itself
     cell = min(wide / heads, 0.62)
-    height = min(max(layers * min(cell, 0.42), 1.4), 9.0)
+    height = min(max(layers * min(max(cell, 0.11), 0.42), 1.4), 9.0)
     figure = _figure(height + 0.95)
     axes = figure.subplots()
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#D0D7DE")
     image = axes.imshow(
         values.numpy(), origin="lower", aspect="auto", cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest"
     )
-    axes.set(xlabel="head", ylabel="layer", title=title)
-    axes.set_xticks(range(0, heads, _step(heads, 34)))
-    axes.set_yticks(range(0, layers, _step(layers, 34)))
+    axes.set(xlabel=names[1], ylabel=names[0], title=title)
+    _name_ticks(axes.xaxis, heads, wide, columns)
+    up = range(0, layers, _step(layers, min(34, int(height / 0.15))))
+    axes.set_yticks(up, None if rows is None else [shortened(rows[i]) for i in up])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xticks([i - 0.5 for i in range(1, heads)], minor=True)
@@ -200,7 +214,7 @@ def head_heatmap(values: torch.Tensor, label: str, title: str, mark: Sequence[tu
                 head, layer, f"{value:+.{decimals}f}", ha="center", va="center", fontsize=points, color=ink, zorder=4
             )
     bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=max(10, 6 * height))
-    bar.set_label(label)
+    bar.set_label(textwrap.fill(label, max(12, int(height / 0.078))))
     bar.outline.set_visible(False)
     return figure
 
@@ -388,6 +402,25 @@ def telling_direction(ranges: Ranges, eps: float, clean: Observations, triggered
     best = int((gap + 1e-3 * middle).flatten().argmax())
     role, rest = divmod(best, shape[1] * shape[2])
     return role, rest // shape[2], rest % shape[2]
+
+
+def _name_ticks(axis: Any, count: int, inches: float, names: Sequence[str] | None) -> None:
+    """Numbers, or names that are turned where they are too long to stand side by side."""
+    if names is None:
+        room = 0.085 * len(str(count - 1)) + 0.06
+        axis.set_ticks(range(0, count, _step(count, min(34, int(inches / room)))))
+        return
+    shown = range(0, count, _step(count, 64))
+    texts = [shortened(names[i]) for i in shown]
+    each = inches / len(shown)
+    turned = max(len(text) for text in texts) * 0.085 + 0.06 > each
+    axis.set_ticks(shown, texts, rotation=90 if turned else 0, fontsize=min(9.5, 62 * each) if turned else 9.5)
+
+
+def shortened(text: str, most: int = 18) -> str:
+    """A label that leaves room for the figure."""
+    text = "".join(c if c.isprintable() else "\N{OPEN BOX}" for c in text)
+    return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _step(count: int, most: int) -> int:

@@ -137,8 +137,8 @@ def config(model: torch.nn.Module) -> dict[str, Any]:
 def fingerprint(value: Any, deep: int = _DEEP) -> Any:
     """A JSON-able stand-in for an edit, a metric or any argument: equal for equal values, also in another process.
 
-    Tensors and long lists become hashes, models the hash of their weights, functions that of their source and of what
-    they close over, other objects their type and attributes.
+    Tensors and long lists become hashes, models the hash of their weights, functions that of their bytecode and of
+    what they close over, other objects their type and attributes.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -230,16 +230,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _function(function: Any, deep: int) -> dict[str, Any]:
-    """Its source, defaults, what it closes over and is bound to; not the globals that it reads."""
+    """Its bytecode (Python's version is part of that), defaults, what it closes over; not the globals that it reads."""
     inner = getattr(function, "__func__", function)
-    code = getattr(inner, "__code__", None)
-    source = ""
-    if code is not None:
-        constants = [c for c in code.co_consts if isinstance(c, (int, float, str, bytes))]
-        source = f"{code.co_code.hex()} {code.co_names} {constants}"
-        with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: there is no source
-            source = inspect.getsource(code)
-    found = {"function": getattr(inner, "__qualname__", type(inner).__qualname__), "source": _hash_text(source)}
     cells = []
     for cell in getattr(inner, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # not yet filled
@@ -249,7 +241,17 @@ def _function(function: Any, deep: int) -> dict[str, Any]:
         "closure": cells,
         "self": function.__self__ if inspect.ismethod(function) else None,
     }
-    return {**found, **{name: fingerprint(values, deep - 1) for name, values in used.items()}}
+    return {
+        "function": getattr(inner, "__qualname__", type(inner).__qualname__),
+        "code": _hash_text(_code(getattr(inner, "__code__", None))),
+        **{name: fingerprint(values, deep - 1) for name, values in used.items()},
+    }
+
+
+def _code(code: Any) -> str:
+    if not inspect.iscode(code):
+        return f"{type(code).__name__} {sorted(map(repr, code)) if isinstance(code, frozenset) else code!r}"
+    return f"{code.co_code.hex()} {code.co_names} {[_code(constant) for constant in code.co_consts]}"
 
 
 def _short(value: Any, limit: int) -> Any:

@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+import time
 import traceback
 
 import torch
 
 SHAPE = (3, 2, 4)
+RUNNING = set()
 
 
 def compute(unit, advance=None):
@@ -24,6 +26,7 @@ def fork(function, *args):
     """Run a function in a forked process; returns its process id."""
     process = os.fork()
     if process:
+        RUNNING.add(process)
         return process
     status = 1
     try:
@@ -36,9 +39,26 @@ def fork(function, *args):
         os._exit(status)
 
 
-def wait(process):
-    """Exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def wait(process, seconds=60):
+    """Exit status, negative for a signal; a process that hangs is killed."""
+    end = time.monotonic() + seconds
+    while not (found := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            RUNNING.discard(process)
+            raise AssertionError(f"the process has not ended in {seconds} s")
+        time.sleep(0.002)
+    RUNNING.discard(process)
+    return os.waitstatus_to_exitcode(found[1])
+
+
+def end_all():
+    """Kill the processes that a failed test has left."""
+    while RUNNING:
+        process = RUNNING.pop()
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def trace_lines(files, each_line):

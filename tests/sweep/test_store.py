@@ -17,10 +17,16 @@ from bkdfast.sweep import store as store_module
 from bkdfast.sweep import units as units_module
 from bkdfast.sweep.store import Store
 from bkdfast.sweep.units import run_units
-from tests.sweep.processes import SHAPE, compute, fork, kill_at_line, same, trace_lines, wait
+from tests.sweep.processes import SHAPE, compute, end_all, fork, kill_at_line, same, trace_lines, wait
 
 FILES = {store_module.__file__, units_module.__file__}
 TOTAL = 5
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers():
+    yield
+    end_all()
 
 
 def manifest(**changes):

@@ -18,10 +18,16 @@ from bkdfast.errors import InvalidArgumentError, StoreError
 from bkdfast.sweep import units
 from bkdfast.sweep.store import Store
 from bkdfast.sweep.units import LEASE, place, run_units
-from tests.sweep.processes import compute, fork, same, wait
+from tests.sweep.processes import compute, end_all, fork, same, wait
 
 TOTAL = 12
 MANIFEST = {"weights": {"hash": "aa"}, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers():
+    yield
+    end_all()
 
 
 @pytest.fixture
@@ -75,10 +81,8 @@ class Rank:
         return [int(unit) for unit in self.log.read_text().split()]
 
     def right(self):
-        expected = dict(run_units(TOTAL, compute, progress=False))
-        return same(
-            load_file(self.file), {f"{u}.{name}": t for u, part in expected.items() for name, t in part.items()}
-        )
+        parts = run_units(TOTAL, compute, progress=False)
+        return same(load_file(self.file), {f"{unit}.{name}": t for unit, part in parts for name, t in part.items()})
 
 
 def test_two_ranks_share_the_work(tmp_path, agent):
