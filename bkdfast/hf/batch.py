@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.families import unwrap
@@ -70,15 +73,44 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
     mask = batch.get("attention_mask")
     if mask is None:
         refuse_unmasked_padding(batch["input_ids"], getattr(config, "pad_token_id", None))
+    elif not takes(model, "attention_mask") and not mask[:, : 1 if spec.causal else None].all():
+        row = int((mask[:, : 1 if spec.causal else None] == 0).any(1).int().argmax())
+        raise InvalidArgumentError(
+            f"row {row} has padding{' on the left' * spec.causal}, but {type(model).__name__} takes no "
+            "attention_mask and would see it; " + ("pad on the right" if spec.causal else "give prompts of one length")
+        )
     if spec.causal and mask is not None and "position_ids" not in batch and not mask[:, 0].all():
-        if takes_positions(model):
+        if takes(model, "position_ids"):
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return batch
 
 
-def takes_positions(model: torch.nn.Module) -> bool:
-    """The model can be given `position_ids`; a PEFT wrapper hands them on without saying so."""
-    from transformers import PreTrainedModel
+def takes(model: torch.nn.Module, name: str) -> bool:
+    """`model` can be called with the argument `name`; a wrapper with `**kwargs` (PEFT) hands it to the model inside."""
+    parameters, passes = _parameters(type(model))
+    if name in parameters or isinstance(model, PreTrainedModel) or not passes:
+        return name in parameters
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    return inner is not None and takes(inner, name)
 
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
-    return "position_ids" in inspect.signature(inner.forward).parameters
+
+@functools.cache
+def _parameters(kind: type[torch.nn.Module]) -> tuple[frozenset[str], bool]:
+    """Names of the arguments of a module's `forward`, and whether it has `**kwargs`."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return frozenset(p.name for p in parameters), any(p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def call(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """First output of a model (the logits) for a completed batch.
+
+    A module that is not from HuggingFace gets of it what its `forward` takes, the tokens as first argument.
+    """
+    if takes(model, "input_ids"):
+        inputs, tokens = batch, ()
+    else:
+        inputs, tokens = {k: v for k, v in batch.items() if k != "input_ids"}, (batch["input_ids"],)
+    if not takes(model, "attention_mask"):
+        inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    output = model(*tokens, **inputs)
+    return output if isinstance(output, torch.Tensor) else output[0]

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bkdfast.errors import InvalidArgumentError, NonFiniteError
-from bkdfast.hf.batch import Batch, batches, complete, count
+from bkdfast.hf.batch import Batch, batches, call, complete, count
 from bkdfast.hf.edits import HEADS, At
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.lowering import one_a_row, positions
@@ -199,7 +199,7 @@ def _stream(
         rows, width = batch["input_ids"].shape
         recording = record_projection_inputs(model, spec) if site == HEADS else record_site(model, spec, site)
         with recording as found, torch.no_grad(), eager(model):
-            model(**batch)
+            call(model, batch)
         stacked = torch.stack([found[layer].view(rows, width, *each) for layer in range(spec.layers)], 2)
         mask = batch.get("attention_mask")
         real = torch.ones(rows, width, dtype=torch.bool, device=stacked.device) if mask is None else mask != 0

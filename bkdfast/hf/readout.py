@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bkdfast.errors import InvalidArgumentError
+from bkdfast.hf.batch import call
 from bkdfast.hf.prefix import stub
 from bkdfast.hf.spec import ModelSpec, submodule
 
@@ -43,7 +44,7 @@ def read_logits(
     """
     shape = inputs["input_ids"].shape
     if spec.unembedding is None:
-        yield slice(0, len(rows)), _pick(model(**inputs)[0], shape, rows, columns)
+        yield slice(0, len(rows)), _pick(call(model, inputs), shape, rows, columns)
         return
     head = submodule(model, spec.unembedding)
     vocab = getattr(head, "out_features", None) or 1
@@ -60,7 +61,7 @@ def read_logits(
         found["output"] = output
 
     with _hooks(head.register_forward_pre_hook(gather), entry.register_forward_hook(keep)):
-        logits = model(**inputs)[0][0]
+        logits = call(model, inputs)[0]
     if whole:
         yield slice(0, len(rows)), logits
         return
@@ -71,7 +72,7 @@ def read_logits(
         hidden = found["hidden"][None, piece]
         made = (hidden, *output[1:]) if isinstance(output, tuple) else type(output)(hidden)
         with stub(entry, lambda *args, made=made, **kwargs: made):
-            logits = model(**inputs)[0][0]
+            logits = call(model, inputs)[0]
         yield piece, logits
 
 

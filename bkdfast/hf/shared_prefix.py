@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from bkdfast.errors import UnsupportedModelError
+from bkdfast.hf.batch import takes
 from bkdfast.hf.spec import ModelSpec, submodule
 from bkdfast.ops.prefix_attention import prefix_attention
 
@@ -124,7 +125,9 @@ class _Layer(CacheLayerMixin):
 def joining(model: torch.nn.Module, spec: ModelSpec) -> str | None:
     """How variants can share a prefix: `KERNEL`, `COPY` (layer by layer), or None (they cannot)."""
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None or not spec.causal or any(_layer_index(model, block.out_proj) is None for block in spec.blocks):
+    if inner is None or not takes(model, "past_key_values"):
+        return None
+    if not spec.causal or any(_layer_index(model, block.out_proj) is None for block in spec.blocks):
         return None
     return KERNEL if getattr(inner, "_supports_attention_backend", False) else COPY
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bkdfast.errors import ModelStateError, NonFiniteError
+from bkdfast.hf.batch import call
 from bkdfast.hf.lowering import HEADS as HEADS_KEY
 from bkdfast.hf.lowering import Tables, lower
 from bkdfast.hf.prefix import ATTENTION, MLP, RESIDUAL, Output, Recording
@@ -95,7 +96,7 @@ class BaseRun:
         else:
             self.cache.stop_at = self.state.spec.layers - 1
             with contextlib.suppress(Stopped):
-                self.model(**self._inputs(1, 0, self.start))
+                call(self.model, self._inputs(1, 0, self.start))
             self.cache.stop_at = None
         self.cache.length = self.start
 

@@ -61,17 +61,14 @@ class Layout:
         return torch.unique(torch.cat(found), dim=0)
 
 
-def lay_out(
-    scored: Sequence[Scored], last: Sequence[int], anchors: Sequence[int] | None, *, causal: bool, with_positions: bool
-) -> Layout:
+def lay_out(scored: Sequence[Scored], last: Sequence[int], anchors: Sequence[int] | None, *, causal: bool) -> Layout:
     """Shift rows such that position `anchors[b]` of row b is in the same column for all (None: leave them), and trim.
 
     Args:
         scored: a completed batch (the same in all of them) with what each metric reads.
         last: position of each row's last prompt token.
-        anchors: positions from each row's first real token.
+        anchors: positions from each row's first real token; the model takes `position_ids`.
         causal: columns after the last one read may go.
-        with_positions: the model takes `position_ids`.
     """
     batch = dict(scored[0].batch)
     ids = batch["input_ids"]
@@ -89,6 +86,8 @@ def lay_out(
     if causal:
         used = [torch.where(part.weight > 0, read, -1).max() for part, read in zip(scored, reads, strict=True)]
         width = min(width, int(max(used)) + 1)
+    if anchors is not None and "position_ids" not in batch:
+        batch["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if anchors is not None or width < ids.shape[1]:
         batch = {
             name: _shifted(value, shift, width)
@@ -96,8 +95,6 @@ def lay_out(
             else value
             for name, value in batch.items()
         }
-    if with_positions and ("position_ids" not in batch or anchors is not None):
-        batch["position_ids"] = (batch["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
     begin = begin + shift
     length = (torch.minimum(end + shift, torch.tensor(width - 1, device=end.device)) - begin + 1).tolist()
     return Layout(batch, begin, list(last), length, list(scored), [read.clamp(0, width - 1) for read in reads])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bkdfast.errors import InvalidArgumentError
-from bkdfast.hf.batch import complete, takes_positions
+from bkdfast.hf.batch import complete, takes
 from bkdfast.hf.capture import eager
 from bkdfast.hf.edits import At
 from bkdfast.hf.positions import prompt_ends
@@ -108,15 +108,15 @@ class Sweep:
         anchors = None
         if causal and self.join is not None and not columns and starts:
             anchors = [min(row) for row in zip(*starts, strict=True)]
-        layout = lay_out(
-            scored, last, anchors, causal=causal, with_positions=takes_positions(self.model) and anchors is not None
-        )
+        # Rows of a model that counts positions by itself stay where they are.
+        moved = anchors if takes(self.model, "position_ids") else None
+        layout = lay_out(scored, last, moved, causal=causal)
         start = layout.column(anchors) if anchors is not None else 0
         shared = anchors is not None and (start >= planning.WORTH * layout.width or bool(self.share and start))
         if shared and any(metric.whole_rows for metric in self.metrics):
             shared = all(int(read.min()) >= start for read in layout.reads)
         if not shared and anchors is not None and max(map(min, starts)) == 0:
-            layout = lay_out(scored, last, None, causal=causal, with_positions=False)
+            layout = lay_out(scored, last, None, causal=causal)
         return Job(len(self.jobs), first, layout, shared)
 
     def _chunks(self, job: Job, size: int | None) -> list[Chunk]:

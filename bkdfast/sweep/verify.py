@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from bkdfast.errors import VerificationError
+from bkdfast.hf.batch import call
 from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.spec import ModelSpec, submodule
@@ -76,7 +77,7 @@ def plain_scores(
 
     def run() -> torch.Tensor:
         with torch.no_grad():
-            return job.model(**scored.batch)[0][rows, scored.read]
+            return call(job.model, scored.batch)[rows, scored.read]
 
     base = run()
     with plain_edits(job.model, job.state.spec, job.grid.site, variant, scored, last):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bkdfast.errors import InvalidArgumentError, NonFiniteError
-from bkdfast.hf.batch import complete
+from bkdfast.hf.batch import call, complete
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.prepare import refuse_dropout
 from bkdfast.hf.spec import submodule
@@ -178,11 +178,11 @@ def _logits_at(model: torch.nn.Module, scored: Scored) -> torch.Tensor:
     rows = torch.arange(len(read), device=read.device)[:, None]
     with torch.no_grad():
         if spec.unembedding is None:
-            return model(**batch)[0][rows, read]
+            return call(model, batch)[rows, read]
         handle = submodule(model, spec.unembedding).register_forward_pre_hook(
             lambda module, args: (args[0][rows.to(args[0].device), read.to(args[0].device)], *args[1:])
         )
         try:
-            return model(**batch)[0]
+            return call(model, batch)
         finally:
             handle.remove()
