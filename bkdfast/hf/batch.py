@@ -87,7 +87,8 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
 
 def takes(model: torch.nn.Module, name: str) -> bool:
     """`model` can be called with the argument `name`; a wrapper with `**kwargs` (PEFT) hands it to the model inside."""
-    parameters, passes = _parameters(type(model))
+    kind: Any = type(model)
+    parameters, passes = _parameters(kind)
     if name in parameters or isinstance(model, PreTrainedModel) or not passes:
         return name in parameters
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -95,7 +96,7 @@ def takes(model: torch.nn.Module, name: str) -> bool:
 
 
 @functools.cache
-def _parameters(kind: type[torch.nn.Module]) -> tuple[frozenset[str], bool]:
+def _parameters(kind: Any) -> tuple[frozenset[str], bool]:
     """Names of the arguments of a module's `forward`, and whether it has `**kwargs`."""
     parameters = inspect.signature(kind.forward).parameters.values()
     return frozenset(p.name for p in parameters), any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -106,11 +107,7 @@ def call(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
     A module that is not from HuggingFace gets of it what its `forward` takes, the tokens as first argument.
     """
-    if takes(model, "input_ids"):
-        inputs, tokens = batch, ()
-    else:
-        inputs, tokens = {k: v for k, v in batch.items() if k != "input_ids"}, (batch["input_ids"],)
-    if not takes(model, "attention_mask"):
-        inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
-    output = model(*tokens, **inputs)
+    unnamed = [name for name in ("input_ids", "attention_mask") if not takes(model, name)]
+    inputs = {name: value for name, value in batch.items() if name not in unnamed}
+    output = model(batch["input_ids"], **inputs) if "input_ids" in unnamed else model(**inputs)
     return output if isinstance(output, torch.Tensor) else output[0]

@@ -172,7 +172,6 @@ def sweep(
         "variants": job.most,
         "shared_prefix": any(part.shared for part in job.jobs),
         "verified_cells": verify,
-        "provenance": described,
     }
     seconds = time.perf_counter() - started
     found = {
@@ -187,6 +186,9 @@ def sweep(
                 "largest_error": checked_cells[m].relative if checked_cells else None,
                 "noise_floor": checked_cells[m].absolute if checked_cells else None,
             },
+            places.dims,
+            places.coords,
+            described,
         )
         for m, one in enumerate(metrics)
     }

@@ -149,7 +149,7 @@ def _heads(heads, spec: ModelSpec):
         for number, group in enumerate(sets):
             if len(set(group)) < len(group):
                 raise InvalidArgumentError(f"set {number} of heads= names a head twice: {group}")
-        return list(enumerate(sets)), ("set",), {"set": list(range(len(sets)))}, (len(sets),)
+        return list(enumerate(sets)), ("set",), {"set": sets}, (len(sets),)
     if heads is None:
         wanted = [(layer, head) for layer, block in enumerate(spec.blocks) for head in range(block.heads)]
     else:
