@@ -11,7 +11,7 @@ from bkdfast.monitor import Monitor
 from bkdfast.ops.edit_table import EditTable
 from bkdfast.ops.patch_heads import patch_heads
 from bkdfast.svd import DeltaSVD, Directions, delta_directions, delta_svd
-from bkdfast.sweep import SweepResult, metrics, sweep
+from bkdfast.sweep import SweepResult, cumulative, metrics, screen, screened_sweep, sweep
 
 __all__ = [
     "Add",
@@ -28,6 +28,7 @@ __all__ = [
     "SweepResult",
     "Zero",
     "__version__",
+    "cumulative",
     "delta_directions",
     "delta_svd",
     "head_means",
@@ -38,6 +39,8 @@ __all__ = [
     "patch_heads",
     "patch_many",
     "prepare",
+    "screen",
+    "screened_sweep",
     "site_means",
     "site_outputs",
     "sweep",
