@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DONE = {"Zero": "zeroed", "Mean": "mean-ablated", "Patch": "patched", "Resample": "resampled", "Scale": "scaled"}
 """What an edit does to heads, in words; others are "edited"."""
+WAYS = {"add": "added", "remove": "taken out"}
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 
 
@@ -38,13 +39,14 @@ def cumulative_curves(curves: Sequence[CumulativeCurve]) -> Figure:
         x, mean, error = list(curve.sizes), curve.mean, curve.stderr
         if samples > 1:
             axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0, zorder=3)
-        width = 2 + 2.2 * (len(curves) - 1 - number)  # a curve under another one shows at its sides
+        above = sum(other.direction == curve.direction for other in curves[number + 1 :])
+        width = 2 + 2.2 * above  # a curve under another one shows at its sides
         axes.plot(x, mean, marker, color=colour, linewidth=width, markersize=2.5 + width, zorder=4, label=_name(curve))
     bands = _bands(curves, colours)
     for curve, colour, name in bands:
         x, controls = list(curve.sizes), curve.controls.mean(-1)  # [C, S]
         axes.fill_between(x, controls.amin(0), controls.amax(0), color=colour, alpha=0.22, linewidth=0, zorder=1)
-        label = f"{name}{_orders(len(controls))}, mean and range"
+        label = f"{name}{len(controls)} random order{'s' if len(controls) > 1 else ''} (mean, range)"
         axes.plot(x, controls.mean(0), "--", color=colour, linewidth=1.3, zorder=2, label=label)
     full = float(first.full.mean())
     axes.axhline(full, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=2, label="all heads of the model")
@@ -70,12 +72,8 @@ def _bands(curves: Sequence[CumulativeCurve], colours: Sequence[Any]) -> list[tu
     for curve, colour in zip(curves, colours, strict=True):
         drawn = [(other.direction, other.sizes, other.control_orders) for other, _, _ in found]
         if len(curve.controls) and (curve.direction, curve.sizes, curve.control_orders) not in drawn:
-            found.append((curve, colour, f"{_name(curve)}: "))
+            found.append((curve, colour, f"{WAYS[curve.direction]}: "))
     return [(found[0][0], GREY, "")] if len(found) == 1 else found
-
-
-def _orders(count: int) -> str:
-    return f"{count} random order{'s' if count > 1 else ''}"
 
 
 @_styled
@@ -127,7 +125,7 @@ def estimate_scatter(found: ScreenedSweep) -> Figure:
 
 def _name(curve: CumulativeCurve) -> str:
     order = "re-ranked" if curve.facts.get("rerank") else "ranked"
-    return f"{order} heads {'added' if curve.direction == 'add' else 'taken out'}"
+    return f"{order} heads {WAYS[curve.direction]}"
 
 
 def _colours(count: int) -> list[Any]:
