@@ -3,6 +3,8 @@
 # make check   linters and types
 # make slow    the slower test lanes: training a pair from scratch, wheels in fresh environments
 # make bench   time every op next to plain PyTorch (about 5 minutes) and write the table into README.md
+# make bench-sweep  time sweeps next to hook loops (about 15 minutes on 2 cores) and write the table into README.md
+# make bench-peers  install other libraries and run the same sweep in them (about 15 minutes and 6 GB), likewise
 # make readme  measure the demo and write its figures and picture into README.md
 #
 # VENV=DIR     use (or make) the virtual environment DIR instead of .venv; a torch that is already there is kept
@@ -21,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # The files that run the C++ kernels, again for each instruction set that the CPU can be told to do without.
 KERNELS := tests/ops/test_patch_heads.py tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py
 
-.PHONY: demo test slow check bench readme setup clean help
+.PHONY: demo test slow check bench bench-sweep bench-peers readme setup clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -59,6 +61,15 @@ check: setup
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.tables
+
+bench-sweep: setup
+	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.tables
+
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers install
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.tables
 
 readme: setup

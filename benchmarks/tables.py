@@ -1,4 +1,4 @@
-"""Put the op figures into README.md: `python -m benchmarks.tables`, from `benchmarks/results/*.json`."""
+"""Put the figures into README.md: `python -m benchmarks.tables`, from `benchmarks/results/*.json`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ import argparse
 import json
 
 from benchmarks.run import RESULTS, ROOT, shown
-
-BEGIN, END = "<!-- op figures: made by `make bench`, do not edit -->", "<!-- end of op figures -->"
+from benchmarks.sweep_tables import peer_table, sweep_table
 
 
 def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    text = "\n\n".join(table(result) for result in results if "cases" in result)
     readme = ROOT / "README.md"
-    head, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
+    text = readme.read_text(encoding="utf-8")
+    for key, what, target, render in (
+        ("cases", "op", "bench", table),
+        ("sweeps", "sweep", "bench-sweep", sweep_table),
+        ("peers", "peer", "bench-peers", peer_table),
+    ):
+        tables = [render(result) for result in results if key in result]
+        if tables:
+            text = placed(text, what, target, "\n\n".join(tables))
+    readme.write_text(text, encoding="utf-8")
+
+
+def placed(readme: str, what: str, target: str, text: str) -> str:
+    """The README with `text` between the markers of these figures."""
+    begin, end = f"<!-- {what} figures: made by `make {target}`, do not edit -->", f"<!-- end of {what} figures -->"
+    head, _, rest = readme.partition(begin)
+    _, _, tail = rest.partition(end)
     if not tail:
-        raise SystemExit("README.md has lost its markers for the op figures")
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+        raise SystemExit(f"README.md has lost its markers for the {what} figures: {begin} and {end}")
+    return f"{head}{begin}\n{text}\n{end}{tail}"
 
 
 def table(result: dict) -> str:

@@ -1,0 +1,1 @@
+"""How each library computes the task: `load(task)` returns a function that computes all effects once."""
