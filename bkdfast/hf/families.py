@@ -240,7 +240,7 @@ def block_spec(block: torch.nn.Module, path: str, line: Family, heads: int) -> B
         head_dim=width // heads,
         neurons=in_features(names[down]) if down else None,
         input_norm=norms[0] if norms and first else None,
-        mlp=_join(path, line.mlp) if line.mlp and line.mlp in names else None,
+        mlp=_join(path, line.mlp) if line.mlp and line.mlp in names and not down else None,
     )
 
 

@@ -9,6 +9,7 @@ them have been changed, position tensors need their own expansion, some families
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -93,9 +94,10 @@ class Recording:
     def _projection(self, found: dict[int, Output], layer: int, z: bool) -> Callable:
         def hook(module, args, output):
             count = len(output) if isinstance(output, tuple) else None
-            found[layer] = Output(first(output).detach(), module, count)
+            # A copy: Falcon adds the attention's output to the MLP's in place, and hooks of the user's may do the like.
+            found[layer] = Output(first(output).detach().clone(), module, count)
             if z:
-                self.z[layer] = args[0].detach()
+                self.z[layer] = args[0].detach().clone()
 
         return hook
 
@@ -170,12 +172,15 @@ def _in_columns(forward: Callable, columns: slice, whole: torch.Tensor) -> Calla
 
 @contextlib.contextmanager
 def stub(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """Within this context `module` runs `forward` instead of its own; hooks on it still run."""
+    """Within this context `module` runs `forward` instead of its own and of its hooks: what they did was recorded."""
     own = module.__dict__.get("forward")
+    hooks = module._forward_pre_hooks, module._forward_hooks
     module.forward = forward
+    module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
+        module._forward_pre_hooks, module._forward_hooks = hooks
         if own is None:
             module.__dict__.pop("forward", None)
         else:

@@ -159,7 +159,7 @@ def _layer_index(model: torch.nn.Module, path: str) -> int | None:
 @contextlib.contextmanager
 def attending(model: torch.nn.Module, cache: PrefixCache) -> Iterator[None]:
     """Forwards inside this context, given `cache` as past_key_values, attend to its prefix too."""
-    if cache.join == COPY or not cache.length:
+    if cache.join == COPY:
         yield
         return
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

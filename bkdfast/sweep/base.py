@@ -22,7 +22,7 @@ from bkdfast.ops.edit_table import COLUMN, FIRST, ORIGIN, ROW, START, STOP, Edit
 from bkdfast.ops.patch_heads import patch_heads
 from bkdfast.sweep.layout import Layout
 from bkdfast.sweep.metrics import Metric
-from bkdfast.sweep.projection import RUN, edited_projection, projection_mode
+from bkdfast.sweep.projection import RUN, edited_projection, has_hooks, projection_mode
 from bkdfast.sweep.variants import HEADS, Grid, Variant
 
 
@@ -95,10 +95,19 @@ class BaseRun:
             self._take(0, self.start)
         else:
             self.cache.stop_at = self.state.spec.layers - 1
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(Stopped), self._attending(0):
                 call(self.model, self._inputs(1, 0, self.start))
             self.cache.stop_at = None
-        self.cache.length = self.start
+        self.cache.length, self.cache.served = self.start, 0
+
+    def _attending(self, start: int) -> contextlib.AbstractContextManager:
+        """Columns from `start` on run inside this context; the first ones with the model's own attention.
+
+        Not in float64: there HuggingFace's eager attention has NaN in rows that begin with padding, as shifted ones do.
+        """
+        if self.cache is None or not (start or self.state.dtype == torch.float64):
+            return contextlib.nullcontext()
+        return attending(self.model, self.cache)
 
     # One forward, and what the metrics make of it.
 
@@ -124,8 +133,7 @@ class BaseRun:
         rows = torch.arange(copies, device=cells.device).repeat_interleave(len(cells)) * self.layout.rows
         row, column = cells.repeat(copies, 1).unbind(1)
         inputs = self._inputs(copies, start, stop)
-        attend = attending(self.model, self.cache) if self.cache is not None and start else contextlib.nullcontext()
-        with attend:
+        with self._attending(start):
             # A metric of whole rows gets them in one piece.
             whole = len(cells) if any(metric.whole_rows for metric in self.metrics) else 1
             reader = read_logits(self.model, self.state.spec, inputs, rows + row, column - start, multiple=whole)
@@ -263,7 +271,9 @@ class BaseRun:
             return
         # Attention stood in for as a whole, tokens of the block do not meet: it runs where something was edited.
         columns = self._edited_columns(table, offset, start)
-        alone = attention.module is not projection and columns.stop - columns.start < self.layout.width - start
+        block = submodule(self.model, self.state.spec.blocks[layer].block)
+        partial = columns.stop - columns.start < self.layout.width - start
+        alone = partial and attention.module is not projection and not has_hooks(block)
         if not alone:
             columns = slice(0, self.layout.width - start)
         parts = []

@@ -61,14 +61,14 @@ class Layout:
         return torch.unique(torch.cat(found), dim=0)
 
 
-def lay_out(scored: Sequence[Scored], last: Sequence[int], anchors: Sequence[int] | None, *, causal: bool) -> Layout:
+def lay_out(scored: Sequence[Scored], last: Sequence[int], anchors: Sequence[int] | None, *, trim: bool) -> Layout:
     """Shift rows such that position `anchors[b]` of row b is in the same column for all (None: leave them), and trim.
 
     Args:
         scored: a completed batch (the same in all of them) with what each metric reads.
         last: position of each row's last prompt token.
         anchors: positions from each row's first real token; the model takes `position_ids`.
-        causal: columns after the last one read may go.
+        trim: columns after the last one read may go.
     """
     batch = dict(scored[0].batch)
     ids = batch["input_ids"]
@@ -83,7 +83,7 @@ def lay_out(scored: Sequence[Scored], last: Sequence[int], anchors: Sequence[int
         shift = (column - begin).max() - column  # the row that has most before its anchor begins in column 0
         width = int((end + shift).max()) + 1
     reads = [part.read + shift[:, None] for part in scored]
-    if causal:
+    if trim:
         used = [torch.where(part.weight > 0, read, -1).max() for part, read in zip(scored, reads, strict=True)]
         width = min(width, int(max(used)) + 1)
     if anchors is not None and "position_ids" not in batch:

@@ -27,14 +27,22 @@ UPDATE, CALL, RUN = "update", "call", "run"
 def projection_mode(model: torch.nn.Module, spec: ModelSpec, layer: int) -> str:
     """`UPDATE` for a plain matrix, `CALL` for another projection, `RUN` where hooks of the user's are on it."""
     module = submodule(model, spec.blocks[layer].out_proj)
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if any(not isinstance(hook, Hook) for hook in hooks):
+    if has_hooks(module):
         return RUN
     weight = getattr(module, "weight", None)
     plain = type(module) in (torch.nn.Linear, Conv1D) and "forward" not in vars(module)
     if plain and type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.device.type != "meta":
         return UPDATE
     return CALL
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Hooks of the user's are on a module or inside it."""
+    return any(
+        not isinstance(hook, Hook)
+        for part in module.modules()
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    )
 
 
 def refuse_inexact(model: torch.nn.Module) -> None:

@@ -23,6 +23,7 @@ from bkdfast.sweep.base import BaseRun
 from bkdfast.sweep.layout import Layout, lay_out
 from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.plan import Chunk, Costs, Job, Plan, Unit
+from bkdfast.sweep.projection import has_hooks
 from bkdfast.sweep.readout_groups import read_groups
 from bkdfast.sweep.variants import HEADS, Grid, reads_columns, spans
 
@@ -60,7 +61,13 @@ class Sweep:
         if chunk is not None and chunk < 1:
             raise InvalidArgumentError(f"variants={chunk}: at least one head has to be in a batch")
         self.model, self.state, self.grid, self.metrics = model, state, grid, metrics
+        self.notes: list[str] = []
         self.join = joining(model, state.spec) if share in (None, True) else None
+        if share is None and self.join is not None and has_hooks(model):
+            self.join = None
+            self._note(
+                "the model has hooks of yours; they get whole rows, so no prefix is shared (share_prefix=True: do)"
+            )
         if share and self.join is None:
             raise InvalidArgumentError(
                 f"share_prefix=True, but {state.spec.family} is not a causal HuggingFace model with a cache"
@@ -70,7 +77,6 @@ class Sweep:
         self.fits = 1 << 60  # tokens of a batch that memory has room for
         self.samples = sum(len(batch["input_ids"]) for batch in data)
         self.costs = Costs.of(model, state.spec)
-        self.notes: list[str] = []
         self.jobs: list[Job] = []
         self.members: list[tuple[int, ...]] = []  # metrics of each job
         first = 0
@@ -110,13 +116,13 @@ class Sweep:
             anchors = [min(row) for row in zip(*starts, strict=True)]
         # Rows of a model that counts positions by itself stay where they are.
         moved = anchors if takes(self.model, "position_ids") else None
-        layout = lay_out(scored, last, moved, causal=causal)
+        layout = lay_out(scored, last, moved, trim=causal)
         start = layout.column(anchors) if anchors is not None else 0
         shared = anchors is not None and (start >= planning.WORTH * layout.width or bool(self.share and start))
         if shared and any(metric.whole_rows for metric in self.metrics):
             shared = all(int(read.min()) >= start for read in layout.reads)
         if not shared and anchors is not None and max(map(min, starts)) == 0:
-            layout = lay_out(scored, last, None, causal=causal)
+            layout = lay_out(scored, last, None, trim=causal)
         return Job(len(self.jobs), first, layout, shared)
 
     def _chunks(self, job: Job, size: int | None) -> list[Chunk]:
