@@ -66,7 +66,7 @@ class Sweep:
         if share is None and self.join is not None and has_hooks(model):
             self.join = None
             self._note(
-                "the model has hooks of yours; they get whole rows, so no prefix is shared (share_prefix=True: do)"
+                "hooks of yours are on the model and get whole rows: no prefix is shared (share_prefix=True: it is)"
             )
         if share and self.join is None:
             raise InvalidArgumentError(
