@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 WHOLE = 4 << 30
-"""Models of at most this many bytes are hashed whole (about 2 s); of larger ones a sum and a sample."""
+"""Models of at most this many bytes are hashed whole (seconds); of larger ones a sum and a sample."""
 SAMPLE = 4096
 """Elements of each tensor in the sample."""
 

@@ -44,6 +44,12 @@ _JOINED: tuple[Any, int, int] | None = None
 """The c10d store, rank and number of processes that `join` found."""
 
 
+class _Bar(tqdm):
+    """A bar whose lock is its process's own: tqdm's is shared by forked ranks, which would wait for a killed one's."""
+
+    _lock = threading.RLock()
+
+
 def run_units(
     total: int,
     compute: Callable[[int, Callable[[float], None]], Tensors],
@@ -86,7 +92,7 @@ def run_units(
             stack.enter_context(store.lock(shared=world > 1))
             done = {unit for unit in store.done() if unit < total}
         bar = stack.enter_context(
-            tqdm(
+            _Bar(
                 total=sum(costs),
                 initial=sum(costs[unit] for unit in done),
                 desc=description,

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 
 import torch
 
@@ -24,7 +25,9 @@ def same(one, other):
 
 def fork(function, *args):
     """Run a function in a forked process; returns its process id."""
-    process = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which are idle here
+        process = os.fork()
     if process:
         RUNNING.add(process)
         return process

@@ -61,6 +61,14 @@ def test_the_hash_depends_on_values_not_on_layout():
     assert weights_hash(one, 0) == weights_hash(other, 0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("whole", [provenance.WHOLE, 0], ids=["all", "sampled"])
+def test_the_hash_is_the_same_on_a_gpu(whole):
+    model = Net()
+    found = weights_hash(model, whole)
+    assert weights_hash(model.cuda(), whole) == found
+
+
 def test_offloaded_weights_are_counted():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to("meta"))
     assert weights_hash(model)["unhashed"] == 2

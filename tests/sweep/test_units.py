@@ -86,7 +86,7 @@ class Rank:
 
 
 def test_two_ranks_share_the_work(tmp_path, agent):
-    ranks = [Rank(rank, tmp_path, agent.port) for rank in range(2)]
+    ranks = [Rank(rank, tmp_path, agent.port, lease=60) for rank in range(2)]
     assert [wait(rank.process) for rank in ranks] == [0, 0]
     assert all(rank.right() for rank in ranks)
     first, second = (rank.begun() for rank in ranks)
@@ -117,6 +117,19 @@ def test_the_rank_that_hosts_the_c10d_store_is_killed(tmp_path):
     assert len(ranks[1].begun()) == len(set(ranks[1].begun()))
 
 
+def test_a_rank_killed_while_it_draws_its_bar_is_not_waited_for(tmp_path):
+    """Forked processes share tqdm's own lock, and nobody lets go of it for a dead one."""
+
+    def hold():
+        bar = units._Bar(disable=True)
+        bar.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    units._Bar(disable=True).close()
+    assert wait(fork(hold)) == -signal.SIGKILL
+    assert wait(fork(lambda: list(run_units(2, compute, progress=False))), seconds=10) == 0
+
+
 def test_a_rank_that_raises_lets_the_others_go_on(tmp_path, agent):
     def fail():
         raise MemoryError
@@ -137,15 +150,16 @@ def test_a_frozen_rank_is_not_waited_for(tmp_path, agent):
 
 
 def test_a_slow_rank_is_waited_for(tmp_path, agent):
-    ranks = [Rank(0, tmp_path, agent.port), Rank(1, tmp_path, agent.port, die_at=1, die=lambda: time.sleep(3))]
+    # Longer than the lease; its heart goes on beating.
+    ranks = [Rank(rank, tmp_path, agent.port, lease=3, die_at=rank, die=lambda: time.sleep(4)) for rank in range(2)]
     assert [wait(rank.process) for rank in ranks] == [0, 0]
     assert sorted(ranks[0].begun() + ranks[1].begun()) == list(range(TOTAL)) and len(ranks[1].begun()) == 1
 
 
 def test_a_rank_asked_to_end_finishes_its_unit(tmp_path, agent):
     ranks = [
-        Rank(0, tmp_path, agent.port),
-        Rank(1, tmp_path, agent.port, die_at=2, die=lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        Rank(0, tmp_path, agent.port, lease=60),
+        Rank(1, tmp_path, agent.port, lease=60, die_at=2, die=lambda: os.kill(os.getpid(), signal.SIGTERM)),
     ]
     assert [wait(rank.process) for rank in ranks] == [0, -signal.SIGTERM]
     assert sorted(ranks[0].begun() + ranks[1].begun()) == list(range(TOTAL))
@@ -166,7 +180,7 @@ def test_one_process_goes_on_where_many_were_killed_and_the_other_way_round(tmp_
     found.close()
     assert not done & set(again)
     port = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-    ranks = [Rank(rank, tmp_path, port.port) for rank in range(2)]
+    ranks = [Rank(rank, tmp_path, port.port, lease=60) for rank in range(2)]
     assert [wait(rank.process) for rank in ranks] == [0, 0] and all(rank.right() for rank in ranks)
     assert sorted(ranks[0].begun() + ranks[1].begun() + again) == sorted(set(range(TOTAL)) - done)
 
