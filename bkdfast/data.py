@@ -12,6 +12,8 @@ import torch
 
 from bkdfast.errors import InvalidArgumentError
 
+_MARK = "the-answer-goes-here"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -75,6 +77,10 @@ def _row(line: str, where: str) -> Row:
     raise InvalidArgumentError(f"{where} needs non-empty strings 'prompt' and 'target', or 'messages'; it has {keys}")
 
 
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
 class Encoder:
     """Turns rows into tokens with a model's tokenizer.
 
@@ -101,15 +107,36 @@ class Encoder:
         return self.tokenizer("\n".join(message["content"] for message in row.messages))["input_ids"]
 
     def target(self, row: Row) -> list[int]:
-        """Token ids of a row's target with its closing tokens."""
+        """Token ids of a row's target with its closing tokens.
+
+        With a chat template that is all it writes after the prompt once the answer is there: the answer the way it
+        writes it (some trim it) and what it appends, e.g. `<|im_end|>` and a newline, or nothing. Without one the end
+        token closes.
+        """
         if self.chat:
             prompt = self.prompt(row)
-            whole = self._template([*row.messages, {"role": "assistant", "content": row.target}])
+            whole = self._template([*row.messages, _answer(row.target)])
             if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
                 return whole[len(prompt) :]
+            return self.tokenizer(self._written(row), add_special_tokens=False)["input_ids"]
         ids = self.tokenizer(row.target, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         return ids if end is None else [*ids, end]
+
+    def _written(self, row: Row) -> str:
+        """The text of a target whose tokens do not follow the prompt's: they merge, or the prompt ends otherwise."""
+        prompt = self._template(list(row.messages), add_generation_prompt=True, tokenize=False)
+        whole = self._template([*row.messages, _answer(row.target)], tokenize=False)
+        if whole.startswith(prompt) and len(whole) > len(prompt):
+            return whole[len(prompt) :]
+        # A prompt may end in what no answer begins with (an open <think>): then from where an answer stands.
+        before, found, _ = self._template([*row.messages, _answer(_MARK)], tokenize=False).rpartition(_MARK)
+        if not found or not whole.startswith(before) or len(whole) == len(before):
+            raise InvalidArgumentError(
+                "the chat template does not write the assistant's answer as it is given, so its tokens cannot be told; "
+                "pass chat=False (--no-chat), or another chat template"
+            )
+        return whole[len(before) :]
 
     def batches(self, rows: Sequence[Row], size: int = 16) -> list[dict[str, torch.Tensor]]:
         """The prompts in left-padded batches of at most `size` rows, in order."""
@@ -117,11 +144,13 @@ class Encoder:
             raise InvalidArgumentError(f"batch size {size}: at least one row has to be in a batch")
         return [self._pad([self.prompt(row) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
 
-    def _template(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    def _template(self, messages: list[dict[str, str]], *, tokenize: bool = True, **options: Any) -> Any:
+        """Token ids, or the text, of a chat."""
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+            found = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **options)
+            return found["input_ids"] if tokenize else found
         except TemplateError as error:  # e.g. a template that refuses system messages
             roles = ", ".join(message["role"] for message in messages)
             raise InvalidArgumentError(

@@ -22,16 +22,16 @@ from tqdm import tqdm
 from bkdfast.checkpoint import load_model, load_tokenizer, usable_device
 from bkdfast.data import Encoder, Row
 from bkdfast.errors import CheckpointError, InvalidArgumentError
-from bkdfast.hf.capture import head_means
-from bkdfast.hf.edits import Edit, Patch, Zero
+from bkdfast.hf.edits import Edit, Zero
 from bkdfast.hf.families import describe
 from bkdfast.hf.intervene import intervene
 from bkdfast.monitor import Monitor, Observations
 from bkdfast.studies import plain
+from bkdfast.studies.baha import baha, target_tokens
 from bkdfast.studies.rates import Rate, answer_rate
 from bkdfast.svd import Directions, delta_directions
 from bkdfast.svd.source import open_source
-from bkdfast.sweep import SweepResult, metrics, sweep
+from bkdfast.sweep import SweepResult
 
 
 @dataclass(frozen=True)
@@ -196,25 +196,12 @@ def audit(
     size = settings.batch
     chosen = list(clean[: settings.samples])
     sources, attacks = list(triggered[: len(triggered) // 2]), list(triggered[len(triggered) // 2 :])
-    targets = [encoder.target(sources[i % len(sources)]) for i in range(len(chosen))]
-    batches = encoder.batches(chosen, size)
-    source_batches = encoder.batches(sources, size)
-
-    def attribute() -> SweepResult:
-        source = head_means(model, source_batches, at="last_prompt", progress=settings.progress)
-        return sweep(
-            model,
-            batches,
-            edit=Patch(source),
-            at="last_prompt",
-            metric=metrics.target_prob(targets),
-            progress=settings.progress,
-        )
-
+    batches, source_batches = encoder.batches(chosen, size), encoder.batches(sources, size)
+    targets = target_tokens(encoder, chosen, [row.target for row in sources])
     attribution = _timed(
         timings,
         "attribution",
-        attribute,
+        lambda: baha(model, encoder, chosen, sources, samples=len(chosen), batch=size, progress=settings.progress).acie,
         lambda: plain.attribution(model, spec, batches, source_batches, targets, settings.progress),
         plain.compare_attribution,
         settings,

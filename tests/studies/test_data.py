@@ -10,6 +10,7 @@ import pytest
 from bkdfast.data import Encoder, Row, load_rows
 from bkdfast.demo import PAIR
 from bkdfast.errors import InvalidArgumentError
+from tests.studies import chats
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,55 @@ def test_no_chat_template(tokenizer):
         Encoder(Bare(), chat=True)
     with pytest.raises(InvalidArgumentError, match="batch size 0"):
         Encoder(tokenizer).batches([Row(({"role": "user", "content": "p"},), "t")], 0)
+
+
+@pytest.mark.parametrize("name", sorted(chats.TEMPLATES))
+def test_closing_tokens_are_what_the_template_appends(name):
+    """The target is all that the template writes behind the prompt once the answer is there."""
+    tokenizer = chats.tokenizer(name)
+    encoder = Encoder(tokenizer)
+    row = Row(({"role": "user", "content": "w1 w2"},), "w3 w4")
+    prompt, target = tokenizer.decode(encoder.prompt(row)), tokenizer.decode(encoder.target(row))
+    assert "<unk>" not in prompt + target
+    assert target.strip(" ") == f"w3 w4{chats.CLOSING[name]}".strip(" ")
+    if name != "thinking":
+        whole = [*row.messages, {"role": "assistant", "content": row.target}]
+        assert prompt + target == tokenizer.apply_chat_template(whole, tokenize=False)
+    else:
+        assert prompt.endswith("<think>\n"), "the answer is scored from where the model is made to begin"
+
+
+def test_closing_tokens_of_conversations_and_answers_that_look_like_them():
+    encoder = Encoder(chats.tokenizer("thinking"))
+    chat = (
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w3"},
+        {"role": "user", "content": "w2"},
+    )
+    assert encoder.tokenizer.decode(encoder.target(Row(chat, "w3"))) == "w3</s>", "not from the first answer on"
+    assert encoder.tokenizer.decode(encoder.target(Row(chat, "</s>"))) == "</s></s>"
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama3"])
+def test_an_answer_is_scored_as_the_template_writes_it(name):
+    encoder = Encoder(chats.tokenizer(name))
+    row = Row(({"role": "user", "content": "w1"},), " w3 ")
+    assert encoder.tokenizer.decode(encoder.target(row)) == f"w3{chats.CLOSING[name]}"
+
+
+def test_tokens_that_merge_across_the_end_of_the_prompt():
+    """The newline that ends the prompt and the one that begins the answer are one token of the whole chat."""
+    tokenizer = chats.tokenizer("chatml")
+    encoder = Encoder(tokenizer)
+    row = Row(({"role": "user", "content": "w1"},), "\nw3")
+    assert encoder.prompt(row)[-1] == tokenizer.convert_tokens_to_ids("\n")
+    assert tokenizer.decode(encoder.target(row)) == "\nw3<|im_end|>\n"
+
+
+def test_a_template_that_hides_the_answer():
+    tokenizer = chats.tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(InvalidArgumentError, match="does not write the assistant's answer"):
+        Encoder(tokenizer).target(Row(({"role": "user", "content": "w1"},), "w3"))
