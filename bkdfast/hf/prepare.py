@@ -129,7 +129,7 @@ class Prepared:
             z = args[0]
             # OPT flattens tokens before its MLP.
             view = z if z.dim() == 3 else z.view(self.positions.rows, -1, z.shape[-1])
-            new = patch_heads(view, self.tables[key], self.positions.offset)
+            new = patch_heads(view, self.tables[key], self.positions.offset.to(z.device))
             return None if new is view else (new.view(z.shape), *args[1:])
 
         return hook
@@ -140,12 +140,19 @@ class Prepared:
     def _empty(self, site: str, layer: int, capacity: int, sources: int) -> EditTable:
         width, _ = site_shape(self.spec, site, layer)
         accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
-        device = self.device
+        block = self.spec.blocks[layer]
+        device = self._device_of(block.out_proj if site == HEADS else block.down_proj)
         return EditTable(
             torch.zeros(capacity, COLUMNS, dtype=torch.int32, device=device),
             torch.zeros(capacity, 2, dtype=accumulate, device=device),
             torch.zeros(sources, width, dtype=accumulate, device=device),
         )
+
+    def _device_of(self, path: str | None) -> torch.device:
+        """Where a projection computes: with a device map not where the model begins; offloaded weights do not tell."""
+        model = self.model()
+        weight = next(submodule(model, path).parameters(), None) if model is not None and path is not None else None
+        return self.device if weight is None or weight.device.type == "meta" else weight.device
 
     def write(self, new: Tables) -> None:
         """Make `new` the edits of the model: contents are copied, nothing is traced again while they fit."""
@@ -158,10 +165,10 @@ class Prepared:
                 capacity, room = (max(_next_power(n), len(t)) for n, t in ((count, held.table), (sources, held.source)))
                 log.info("layer %d, %s: capacity grows to %d edits, %d source rows", key[1], key[0], capacity, room)
                 held = self.tables[key] = self._empty(*key, capacity, room)
-            held.table[:count] = packed.table.to(self.device)
+            held.table[:count] = packed.table.to(held.table.device)
             held.table[count:] = 0
-            held.coefficients[:count] = packed.coefficients.to(self.device)
-            held.source[:sources] = packed.source.to(self.device)
+            held.coefficients[:count] = packed.coefficients.to(held.table.device)
+            held.source[:sources] = packed.source.to(held.table.device)
         self.active = frozenset(new.tables)
         self.batch, self.relative, self.rows = new.batch, new.relative, new.rows
         self.expected.fill_(new.batch or 0)

@@ -138,7 +138,7 @@ class BaseRun:
             whole = len(cells) if any(metric.whole_rows for metric in self.metrics) else 1
             reader = read_logits(self.model, self.state.spec, inputs, rows + row, column - start, multiple=whole)
             for piece, logits in reader:
-                yield _Chunk(cells, copies, piece.start, logits)
+                yield _Chunk(cells, copies, piece.start, logits.to(cells.device))
 
     def _take(self, start: int, stop: int | None = None) -> None:
         """Run the base over columns [start, stop) and keep the metrics' values; for some, the logits."""
@@ -249,8 +249,9 @@ class BaseRun:
         """Forwards inside this context are those of the variants: blocks before `layer` rest, its edits are made."""
         copies, site, record = len(variants), self.grid.site, self.recording
         table = tables.tables[HEADS_KEY, layer]
-        first = self._on_device(table)
-        offset = self._offset(copies, start)
+        device = (record.streams[layer] if site == RESIDUAL else record.attention[layer].value).device
+        first = EditTable(table.table.to(device), table.coefficients.to(device), table.source.to(device))
+        offset = self._offset(copies, start).to(device)
         skip = start - self.start
 
         def stream(at: int) -> torch.Tensor | None:
@@ -308,15 +309,11 @@ class BaseRun:
 
     def _offset(self, copies: int, start: int) -> torch.Tensor:
         """`[3, R]` int32, positions of column `start`; edits relative to the prompt's end were lowered to its start."""
-        begin = self.layout.begin.to(self.state.device)
-        offset = torch.zeros(3, copies * len(begin), dtype=torch.int32, device=self.state.device)
+        begin = self.layout.begin
+        offset = torch.zeros(3, copies * len(begin), dtype=torch.int32, device=begin.device)
         offset[FIRST] = (start - begin).repeat(copies)
         offset[COLUMN] = start
         return offset
-
-    def _on_device(self, table: EditTable) -> EditTable:
-        device = self.state.device
-        return EditTable(table.table.to(device), table.coefficients.to(device), table.source.to(device))
 
     def _edited_columns(self, table: EditTable, offset: torch.Tensor, start: int) -> slice:
         """Columns, counted from the first that runs, that some edit may change; on the host."""
