@@ -6,6 +6,10 @@ with the gradient taken in the unedited run and z' what the edit makes of z. It 
 that `sweep` computes exactly: right where the metric is nearly linear between z and z', wrong where it is not, e.g.
 where a softmax is saturated. `screened_sweep` says how wrong, for the case at hand.
 
+It pays for edits of many positions. Of an edit near the end of the prompt the exact sweep runs only the tokens from
+there on, and can be as fast: with 8 layers of 8 heads on a CPU and 128 tokens an estimate takes 6% of the exact sweep's
+time for an edit at all positions, but 62% of it at the last prompt token, and 130% at 512 tokens.
+
 With `steps` the gradient is averaged over points on the way from the unedited run to an edited one (integrated
 gradients, Sundararajan et al. 2017), at Gauss-Legendre nodes alpha. The way of a single head alone would cost more than
 the exact sweep; two others are known:
