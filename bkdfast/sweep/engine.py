@@ -119,7 +119,7 @@ def sweep(
             raise InvalidArgumentError("sweep cannot run inside intervene(); its baseline would be edited too")
         places = grid(state.spec, edit, at=at, site=site, heads=heads, layers=layers, positions=positions)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
-        _refuse_misfits(model, state.spec, places.template, metrics, checked)
+        refuse_misfits(model, state.spec, places.template, metrics, checked)
         world = units.join()[1]
         division: dict[str, Any] = {
             "variants": variants,
@@ -200,7 +200,7 @@ def _describe(places: Grid, job: Sweep, edit: Edit) -> str:
     return f"{type(edit).__name__} of {shape} ({places.site}), {job.samples} samples"
 
 
-def _refuse_misfits(
+def refuse_misfits(
     model: torch.nn.Module, spec: ModelSpec, template: Edit, metrics: Sequence[Metric], data: Sequence[dict]
 ) -> None:
     """Raise where numbers would come out that do not mean what was asked."""

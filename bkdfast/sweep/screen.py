@@ -52,7 +52,7 @@ from bkdfast.hf.readout import read_logits
 from bkdfast.hf.spec import ModelSpec, submodule
 from bkdfast.ops.edit_table import FIRST, EditTable
 from bkdfast.ops.patch_heads import patch_heads
-from bkdfast.sweep.engine import _refuse_misfits
+from bkdfast.sweep.engine import refuse_misfits
 from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.ranks import Head, ranked
 from bkdfast.sweep.run import completed, extend
@@ -189,7 +189,7 @@ def screen(
             raise InvalidArgumentError("screen cannot run inside intervene(); its baseline would be edited too")
         places = grid(state.spec, edit, at=at)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
-        _refuse_misfits(model, state.spec, edit, [metric], checked)
+        refuse_misfits(model, state.spec, edit, [metric], checked)
         parts, baseline, first = [], [], 0
         layers = range(state.spec.layers)
         groups = [[layer] for layer in layers] if path == "layer" and steps > 1 else [list(layers)]
