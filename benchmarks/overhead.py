@@ -13,6 +13,7 @@ from bkdfast.ops.cosine_monitor import cosine_monitor
 from bkdfast.ops.delta_sketch import delta_sketch
 from bkdfast.ops.monitor_state import MonitorState, pack_tokens
 from bkdfast.ops.norm_tap import RMS, norm_monitor, norm_tap
+from bkdfast.ops.prefix_attention import prefix_attention
 
 _CALLS, _ROUNDS = 2000, 15
 _GPU_CALLS = 150  # what a GPU's queue holds; with more, the host waits for the kernels
@@ -31,6 +32,7 @@ def _calls(device: torch.device) -> dict[str, Callable[[], object]]:
     z, source = torch.randn(1, 1, 8, device=device), torch.zeros(1, 4, device=device)
     edit = bf.EditTable.pack([[0, 0, 0, 1, 0, 0, 0]], [[0.0, 1.0]], source, slices=2)
     offset = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    head, seen = torch.randn(1, 1, 1, 8, device=device), torch.ones(1, 1, 2, dtype=torch.bool, device=device)
     w0, w1, block = (torch.randn(8, 8, device=device) for _ in range(3))
     return {
         "patch_heads": lambda: bf.patch_heads(z, edit, offset),
@@ -38,6 +40,7 @@ def _calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "norm_tap": lambda: norm_tap(x, weight, eps=1e-6, kind=RMS, step=step),
         "norm_monitor": lambda: norm_monitor(x, weight, None, state, tokens, eps=1e-6, kind=RMS),
         "delta_sketch": lambda: delta_sketch(w0, w1, block),
+        "prefix_attention": lambda: prefix_attention(head, head, head, head, head, seen, scale=1.0),
     }
 
 

@@ -7,8 +7,8 @@ and the S suffix keys of its own row, as far as `mask[b, i]` says:
     out[r, i, h] = sum_j exp(a_j) v_j / (sum_j exp(a_j) + exp(sink_h))                   the sink only where given
 
 The mask carries causality, padding and sliding windows. A query that sees no key has output 0. What a query does not
-see does not reach its output, NaN and infinity included; where it sees a value that is not finite, that component of
-its output is NaN.
+see does not reach its output, NaN and infinity included; one that sees a value with a component that is not finite has
+output NaN.
 
 Shapes and dtypes: q `[R, H, S, Dh]`, k and v `[R, Hkv, S, Dh]` with R = V * B and H a multiple of Hkv (query head h
 reads head h // (H / Hkv)); prefix_k and prefix_v `[B, Hkv, P, Dh]`, P may be 0; all of one dtype, float16, bfloat16,
@@ -87,14 +87,6 @@ def _fake(q, k, v, prefix_k, prefix_v, mask, scale, softcap, sinks) -> Tensor:
     return q.new_empty((rows, length, heads, width))
 
 
-def _seen_sum(weights: Tensor, seen: Tensor, values: Tensor, sums: str, reaches: str) -> Tensor:
-    """Weighted sum of values; NaN where a value that is seen is not finite, and only there: 0 * NaN is NaN too."""
-    lost = ~values.isfinite()
-    total = torch.einsum(sums, weights, values.masked_fill(lost, 0))
-    reached = torch.einsum(reaches, seen.to(weights.dtype), lost.to(weights.dtype))  # [V?, B, Hkv, S, Dh]
-    return total.masked_fill(reached.unsqueeze(-3) > 0, math.nan)
-
-
 def _reference(q, k, v, prefix_k, prefix_v, mask, scale, softcap, sinks) -> Tensor:
     _check(q, k, v, prefix_k, prefix_v, mask, scale, softcap, sinks)
     (rows, heads, length, width), (batch, shared, past, _) = q.shape, prefix_k.shape
@@ -105,11 +97,14 @@ def _reference(q, k, v, prefix_k, prefix_v, mask, scale, softcap, sinks) -> Tens
         q = q.to(wide).unflatten(1, (shared, -1)).unflatten(0, (-1, batch))  # [V, B, Hkv, G, S, Dh]
         k, v = (x.to(wide).unflatten(0, (-1, batch)) for x in (k, v))  # [V, B, Hkv, S, Dh]
         prefix_k, prefix_v = prefix_k.to(wide), prefix_v.to(wide)
-        own = torch.einsum("vbngsd,vbntd->vbngst", q, k)
-        logits = scale * torch.cat([torch.einsum("vbngsd,bnpd->vbngsp", q, prefix_k), own], -1)
+        shared_logits = torch.einsum("vbngsd,bnpd->vbngsp", q, prefix_k)
+        logits = scale * torch.cat([shared_logits, torch.einsum("vbngsd,vbntd->vbngst", q, k)], -1)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~mask[:, None, None], -math.inf)
+        # 0 * x is NaN where x is not finite. Such a value's weight is NaN, and 0 for who does not see it.
+        lost = torch.cat([(0 * prefix_v).sum(-1).expand(len(v), -1, -1, -1), (0 * v).sum(-1)], -1)  # [V, B, Hkv, P + S]
+        logits = (logits + lost[:, :, :, None, None]).masked_fill(~mask[:, None, None], -math.inf)
+        v, prefix_v = v.nan_to_num(0, 0, 0), prefix_v.nan_to_num(0, 0, 0)
         sink = q.new_full((heads,), -math.inf) if sinks is None else sinks
         sink = sink.view(shared, -1, 1, 1)
         peak = torch.maximum(logits.amax(-1, keepdim=True), sink)
@@ -117,8 +112,8 @@ def _reference(q, k, v, prefix_k, prefix_v, mask, scale, softcap, sinks) -> Tens
         weights = torch.exp(logits - peak)
         total = weights.sum(-1, keepdim=True) + torch.exp(sink - peak)
         weights = weights / total.masked_fill(total == 0, 1)
-        out = _seen_sum(weights[..., :past], mask[..., :past], prefix_v, "vbngsp,bnpd->vbngsd", "bsp,bnpd->bnsd")
-        out += _seen_sum(weights[..., past:], mask[..., past:], v, "vbngst,vbntd->vbngsd", "bst,vbntd->vbnsd")
+        out = torch.einsum("vbngsp,bnpd->vbngsd", weights[..., :past], prefix_v)
+        out += torch.einsum("vbngst,vbntd->vbngsd", weights[..., past:], v)
     out = out.flatten(2, 3).flatten(0, 1)  # [R, H, S, Dh]
     return out.transpose(1, 2).to(dtype).contiguous()
 
@@ -129,6 +124,7 @@ OP = Op(
     check=_check,
     fake=_fake,
     reference=_reference,
+    triton="prefix_attention",
 )
 
 

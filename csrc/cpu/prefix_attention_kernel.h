@@ -441,27 +441,18 @@ void attend_block(const Attention<T>& job, int64_t batch, int64_t head, int64_t 
     const int64_t row = begin + i, variant = first + row / of_variant, s = row % job.length;
     const int64_t h = head * job.group + row % of_variant / job.length;
     const int64_t r = variant * job.batch + batch;
+    for (int k = 0; k < 2; ++k) {  // NaN for who sees a value that is not finite
+      if (!lost[k]) continue;
+      const int8_t* bad = scratch.lost[k] + (k ? row / of_variant * job.length : 0);
+      const int8_t* seen = scratch.seen + s * job.seen_pitch + (k ? past_columns : 0);
+      for (int64_t j = 0; j < (k ? job.length : job.past); ++j)
+        if (bad[j] && seen[j]) scratch.total[i] = Acc(__builtin_nan(""));
+    }
     T* out = job.out + ((r * job.length + s) * job.shared * job.group + h) * width;
     const V share = V::broadcast(scratch.total[i] == 0 ? Acc(0) : 1 / scratch.total[i]);
     for (int64_t d = 0; d < width; d += V::kWidth) {
       const V a = V::load(scratch.out + i * pitch + d) * share;
       width - d < V::kWidth ? a.store_partial(out + d, width - d) : a.store(out + d);
-    }
-    for (int k = 0; k < 2; ++k) {  // NaN where the query sees a value that is not finite
-      if (!lost[k]) continue;
-      const int64_t keys = k ? job.length : job.past;
-      const int8_t* bad = scratch.lost[k] + (k ? row / of_variant * job.length : 0);
-      const int8_t* seen = scratch.seen + s * job.seen_pitch + (k ? past_columns : 0);
-      const T* values = k ? job.v + r * job.v_stride[0] + head * job.v_stride[1]
-                          : job.prefix_v + batch * job.prefix_v_stride[0] + head * job.prefix_v_stride[1];
-      const int64_t stride = k ? job.v_stride[2] : job.prefix_v_stride[2];
-      for (int64_t j = 0; j < keys; ++j) {
-        if (!bad[j] || !seen[j]) continue;
-        for (int64_t d = 0; d < width; ++d) {
-          const Acc value = static_cast<Acc>(values[j * stride + d]);
-          if (!(value - value == 0)) out[d] = static_cast<T>(value - value);
-        }
-      }
     }
   }
 }

@@ -11,9 +11,16 @@ import random
 import pytest
 import torch
 
-from bkdfast.ops import cosine_monitor, delta_sketch, norm_tap, patch_heads
+from bkdfast.ops import cosine_monitor, delta_sketch, norm_tap, patch_heads, prefix_attention
 from bkdfast.ops._library import EXTENSION, FORCED
 from bkdfast.ops.monitor_state import NONE
+from tests.kernels.attention_cases import (
+    ATTENTION_LAYOUTS,
+    ATTENTIONS,
+    attention,
+    check_attention,
+    check_poisoned,
+)
 from tests.kernels.cases import (
     ADD,
     BF16,
@@ -48,6 +55,7 @@ from tests.kernels.cases import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 DTYPES = [FP32, FP16, BF16, FP64]
 EDIT, COSINE, TAP, MONITOR, SKETCH = patch_heads._op, cosine_monitor.OP, norm_tap.TAP, norm_tap.MONITOR, delta_sketch.OP
+ATTENTION = prefix_attention.OP
 FUSED = [  # also rows of whole 16-byte vectors, at prefill and at decode
     (40, 70, 20, 3, 2, "runs"),
     (2500, 300, 20, 3, 2, "runs"),
@@ -251,6 +259,85 @@ def test_sketch_of_non_finite_weights(value, serve):
     check_sketch(serve(SKETCH), (w0, w1, x), "cuda")
 
 
+@pytest.fixture
+def attend():
+    """`prefix_attention`'s Triton kernel; it has no other on a GPU."""
+    if FORCED not in ("", "triton"):
+        pytest.skip(f"BKDFAST_BACKEND={FORCED}")
+    if (status := ATTENTION.backends()["triton"]) != "available":
+        pytest.skip(f"triton: {status}")
+    return ATTENTION.resolve("triton", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention(name, dtype, attend):
+    check_attention(attend, attention(*ATTENTIONS[name], dtype=dtype), "cuda", rounded=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size", [(32, 2, 4, 2, 8, 256, 128), (3, 2, 2, 1, 100, 130, 64), (9, 1, 1, 1, 8, 40, 16)], **_ids
+)
+def test_attention_of_many_tiles(size, dtype, attend):
+    check_attention(attend, attention(*size, "padded", 0.0, False, dtype=dtype), "cuda", rounded=True)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("width", [16, 40, 96, 192, 256, 320, 512])
+def test_attention_widths(width, dtype, attend):
+    for variants in (1, 12):
+        arguments = attention(variants, 2, 2, 1, 8, 40, width, "window", 30.0, True, dtype=dtype)
+        check_attention(attend, arguments, "cuda", rounded=True)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("layout", ATTENTION_LAYOUTS)
+def test_attention_any_strides(layout, dtype, attend):
+    *tensors, mask, scale, softcap, sinks = attention(*ATTENTIONS["any mask"], dtype=dtype)
+    tensors = [ATTENTION_LAYOUTS[layout](x) for x in tensors]
+    wide = torch.cat([mask, ~mask], 2)[..., : mask.shape[2]]
+    check_attention(attend, (*tensors, wide, scale, softcap, sinks), "cuda", rounded=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_attention_what_is_not_seen_does_not_reach(value, dtype, attend):
+    check_poisoned(attend, "cuda", value, dtype=dtype)
+
+
+@large
+def test_attention_beyond_2_to_the_31_cells(attend):
+    memory = torch.empty(2_600_000_000, dtype=BF16, device="cuda")
+    q, k, v, prefix_k, *rest = cuda(attention(3, 1, 2, 1, 2, 3, 8, "causal", 0.0, False, dtype=BF16))
+    want = attend(q, k, v, prefix_k, *rest)
+    for moved in range(3):
+        tensors = [q, k, v]
+        far = memory.as_strided(tensors[moved].shape, (1_290_000_000, 16, 8, 1))
+        tensors[moved] = far.copy_(tensors[moved])
+        assert torch.equal(attend(*tensors, prefix_k, *rest), want)
+    far = memory.as_strided(prefix_k.shape, (8, 8, 1_290_000_000, 1))
+    assert torch.equal(attend(q, k, v, far.copy_(prefix_k), *rest), want)
+
+
+def test_a_graph_sees_other_keys(attend):
+    static = cuda(attention(*ATTENTIONS["sinks"]))
+    graph, out = captured(lambda: attend(*static))
+
+    def replay(*arguments):
+        for to, of in zip(static, arguments, strict=True):
+            if isinstance(to, torch.Tensor):
+                to.copy_(of)
+        graph.replay()
+        return out.clone()
+
+    for seed in range(3):
+        check_attention(replay, attention(*ATTENTIONS["sinks"], seed=seed), "cuda")
+
+
+EVERY = ["patch_heads", "cosine_monitor", "norm_tap", "norm_monitor", "delta_sketch", "prefix_attention"]
+
+
 def every_op():
     """name -> (op, arguments on the GPU)."""
     *state, layer = tokens(40, 64, 20, 3, 2, "runs")
@@ -261,6 +348,7 @@ def every_op():
         "norm_tap": (TAP, [*cuda((x, weight, None)), eps, kind, torch.zeros(2, 50, 64, device="cuda"), 1]),
         "norm_monitor": (MONITOR, [*cuda((x, weight, None)), eps, kind, *cuda(state[1:]), layer]),
         "delta_sketch": (SKETCH, cuda(sketch(70, 48, 16))),
+        "prefix_attention": (ATTENTION, cuda(attention(*ATTENTIONS["softcap and sinks"]))),
     }
 
 
@@ -271,13 +359,13 @@ def run(op, arguments):
     return [*results, *(value for value in arguments if isinstance(value, torch.Tensor))]
 
 
-@pytest.mark.parametrize("name", ["patch_heads", "cosine_monitor", "norm_tap", "norm_monitor", "delta_sketch"])
+@pytest.mark.parametrize("name", EVERY)
 def test_opcheck(name):
     op, arguments = every_op()[name]
     torch.library.opcheck(op.dispatched, tuple(arguments))
 
 
-@pytest.mark.parametrize("name", ["patch_heads", "cosine_monitor", "norm_tap", "norm_monitor", "delta_sketch"])
+@pytest.mark.parametrize("name", EVERY)
 def test_compiles_into_one_graph(name, fresh_dynamo):
     op, arguments = every_op()[name]
     want = run(*every_op()[name])

@@ -43,7 +43,9 @@ def test_every_cuda_kernel_is_compiled_for_every_target(rows):
         if row.source.startswith("cuda/"):
             targets[row.source, row.kernel, row.variant].add(row.target)
     assert targets and all(found == {"sm_80", "sm_90", "sm_100"} for found in targets.values()), targets
-    assert {source for source, *_ in targets} == {f"cuda/{op.triton}" for op in OPS.values() if op.triton}
+    without = {"prefix_attention"}  # Triton alone serves it
+    wanted = {f"cuda/{op.triton}" for op in OPS.values() if op.triton and op.name not in without}
+    assert {source for source, *_ in targets} == wanted
 
 
 def test_no_spills_and_shared_memory_within_limits(rows):

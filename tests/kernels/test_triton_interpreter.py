@@ -13,9 +13,22 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 pytest.importorskip("triton")
 
-from bkdfast.triton_kernels import cosine_monitor, delta_sketch, norm_tap, patch_heads  # noqa: E402
+from bkdfast.triton_kernels import (  # noqa: E402
+    cosine_monitor,
+    delta_sketch,
+    norm_tap,
+    patch_heads,
+    prefix_attention,
+)
 
 from tests.kernels import interpreter  # noqa: E402
+from tests.kernels.attention_cases import (  # noqa: E402
+    ATTENTION_LAYOUTS,
+    ATTENTIONS,
+    attention,
+    check_attention,
+    check_poisoned,
+)
 from tests.kernels.cases import (  # noqa: E402
     ADD,
     BF16,
@@ -261,3 +274,54 @@ class TestDeltaSketch:
 
 def test_nan_directions_and_ranges():
     check_nan(cosine_monitor.launch, "cpu")
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """The interpreter's tl.dot cannot multiply bfloat16."""
+    operands = prefix_attention._OPERANDS
+    monkeypatch.setitem(operands, BF16, operands[FP32])
+
+
+@pytest.mark.usefixtures("wide")
+class TestPrefixAttention:
+    @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+    @pytest.mark.parametrize("name", ATTENTIONS)
+    def test_case(self, name, dtype):
+        check_attention(prefix_attention.launch, attention(*ATTENTIONS[name], dtype=dtype), "cpu", rounded=True)
+
+    @pytest.mark.parametrize("dtype", [FP16, FP64], ids=str)
+    @pytest.mark.parametrize("name", ["suffixes of three variants", "head_dim 80", "left padding", "softcap and sinks"])
+    def test_other_dtypes(self, name, dtype):
+        check_attention(prefix_attention.launch, attention(*ATTENTIONS[name], dtype=dtype), "cpu", rounded=True)
+
+    @pytest.mark.parametrize("layout", ATTENTION_LAYOUTS)
+    def test_any_strides(self, layout):
+        *tensors, mask, scale, softcap, sinks = attention(*ATTENTIONS["suffixes of three variants"])
+        tensors = [ATTENTION_LAYOUTS[layout](x) for x in tensors]
+        wide = torch.cat([mask, ~mask], 2)[..., : mask.shape[2]]
+        check_attention(prefix_attention.launch, (*tensors, wide, scale, softcap, sinks), "cpu")
+        shared = mask[:1].expand(mask.shape)
+        check_attention(prefix_attention.launch, (*tensors, shared, scale, softcap, sinks), "cpu")
+
+    @pytest.mark.filterwarnings("ignore:invalid value")
+    @pytest.mark.parametrize("value", [NAN, INF])
+    def test_what_is_not_seen_does_not_reach(self, value):
+        check_poisoned(prefix_attention.launch, "cpu", value, ["left padding", "sliding window"])
+
+    def test_offsets_beyond_32_bits(self):
+        memory = torch.empty(2_600_000_000, dtype=FP16)  # never touched but at the entries
+        q, k, v, prefix_k, *rest = attention(3, 1, 2, 1, 2, 3, 8, "causal", 0.0, False, dtype=FP16)
+        want = prefix_attention.launch(q, k, v, prefix_k, *rest)
+        for moved in range(3):
+            tensors = [q, k, v]
+            far = memory.as_strided(tensors[moved].shape, (1_290_000_000, 16, 8, 1))
+            tensors[moved] = far.copy_(tensors[moved])
+            assert torch.equal(prefix_attention.launch(*tensors, prefix_k, *rest), want)
+        far = memory.as_strided(prefix_k.shape, (8, 8, 1_290_000_000, 1))
+        assert torch.equal(prefix_attention.launch(q, k, v, far.copy_(prefix_k), *rest), want)
+
+    def test_refuses_what_it_cannot_address(self):
+        q, *rest = attention(*ATTENTIONS["one token"])
+        with pytest.raises(RuntimeError, match="prefix_attention: q's last dimension must be contiguous"):
+            prefix_attention.launch(torch.stack([q, q], -1)[..., 0], *rest)
