@@ -244,14 +244,22 @@ def test_ablation_both_ways(family, how):
             change = one(row, row.target, HEADS[:count]) - authors.probability(row, row.target)
             assert found.effects[s, n].item() == pytest.approx(change, abs=1e-7, rel=1e-3)
     assert found.effects.abs().amax(1).min() > 1e-4
-    if how == "subtract":  # once heads span layers this is not what is left without them
-        last = [encoder.prompt(row) for row in triggered]
-        batch = encoder.batches(triggered, 3)[0]
-        with bf.intervene(model, [bf.Zero(layer, head, at="last_prompt") for layer, head in HEADS]):
-            zeroed = head_outputs(model, batch)
-        with bf.intervene(model, ablation_edits(model, batch, HEADS, how=how)):
-            left = head_outputs(model, batch)
-        assert last and torch.equal(zeroed[:, 0], left[:, 0]) and not torch.allclose(zeroed[:, 1], left[:, 1], atol=0.1)
+
+
+def test_subtracting_is_not_zeroing_once_heads_span_layers():
+    model, encoder, _ = case("llama")
+    batch = encoder.batches(rows(TRIGGERED), 3)[0]
+
+    def z(edits, at):
+        with bf.intervene(model, edits):
+            return head_outputs(model, batch, at=at)
+
+    zero = [bf.Zero(layer, head, at="last_prompt") for layer, head in HEADS]
+    zeroed, left = (z(edits, "last_prompt") for edits in (zero, ablation_edits(model, batch, HEADS, how="subtract")))
+    assert torch.equal(zeroed[:, 0], left[:, 0]) and not torch.allclose(zeroed[:, 1], left[:, 1], atol=0.1)
+    before = (z(edits, -2) for edits in ([], ablation_edits(model, batch, HEADS, how="subtract")))
+    assert torch.equal(*before), "only the last prompt token is edited"
+    assert not z(ablation_edits(model, batch, HEADS), 1)[:, 1, 2].any(), "zeroing is for every token"
 
 
 @pytest.mark.parametrize("how", study.ABLATIONS)

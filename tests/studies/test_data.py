@@ -152,6 +152,18 @@ def test_tokens_that_merge_across_the_end_of_the_prompt():
     assert tokenizer.decode(encoder.target(row)) == "\nw3<|im_end|>\n"
 
 
+def test_what_a_template_puts_before_an_answer_belongs_to_it():
+    """As for an answer whose tokens do not merge with the prompt's: all that follows the prompt."""
+    tokenizer = chats.tokenizer("chatml")
+    for before in ("<think>", "\n<think>"):
+        tokenizer.chat_template = chats.TEMPLATES["chatml"].replace(
+            "{{ m['content'] }}",
+            "{% if m['role'] == 'assistant' %}{{ " + repr(before) + " }}{% endif %}{{ m['content'] }}",
+        )
+        target = Encoder(tokenizer).target(Row(({"role": "user", "content": "w1"},), "w3"))
+        assert tokenizer.decode(target) == f"{before}w3<|im_end|>\n"
+
+
 def test_a_template_that_hides_the_answer():
     tokenizer = chats.tokenizer("chatml")
     tokenizer.chat_template = (
