@@ -12,6 +12,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -187,9 +188,9 @@ def stub(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def first(output: torch.Tensor | tuple) -> torch.Tensor:
-    """A module's output, or the first of the tuple it returns."""
-    return output[0] if isinstance(output, tuple) else output
+def first(output: Any) -> torch.Tensor:
+    """A module's output, or the first of the tuple or HuggingFace output that it returns."""
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:

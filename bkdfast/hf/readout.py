@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.batch import call
-from bkdfast.hf.prefix import stub
+from bkdfast.hf.prefix import first, stub
 from bkdfast.hf.spec import ModelSpec, submodule
 
 LIMIT = 1 << 26
@@ -49,31 +50,39 @@ def read_logits(
     head = submodule(model, spec.unembedding)
     vocab = getattr(head, "out_features", None) or 1
     size = max(LIMIT // vocab // multiple, 1) * multiple
-    whole = len(rows) <= size or not spec.entry
-    entry = submodule(model, spec.entry)
-    found: dict[str, Any] = {}
-
-    def gather(module: torch.nn.Module, args: tuple):
-        hidden = found["hidden"] = _pick(args[0], shape, rows, columns)
-        return (hidden[None] if whole else hidden[None, :1], *args[1:])
-
-    def keep(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        found["output"] = output
-
-    with _hooks(head.register_forward_pre_hook(gather), entry.register_forward_hook(keep)):
-        logits = call(model, inputs)[0]
-    if whole:
+    if not spec.entry:  # a module of the user's: its unembedding gets all rows at once
+        with _hook(
+            head.register_forward_pre_hook(lambda m, args: (_pick(args[0], shape, rows, columns)[None], *args[1:]))
+        ):
+            logits = call(model, inputs)[0]
         yield slice(0, len(rows)), logits
         return
-    # The rest of the model stays away: only its head runs, on one chunk of the residual stream after the other.
-    output = found["output"]
-    for start in range(0, len(rows), size):
-        piece = slice(start, min(start + size, len(rows)))
-        hidden = found["hidden"][None, piece]
-        made = (hidden, *output[1:]) if isinstance(output, tuple) else type(output)(hidden)
+    entry = submodule(model, spec.entry)
+    kept: list[Any] = []
+
+    def gather(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        kept[:] = [output, _pick(first(output), shape, rows, columns)[None]]
+        return _with_first(output, kept[1][:, :size])
+
+    # What comes after `entry` (in BERT more than the unembedding) treats every token by itself.
+    with _hook(entry.register_forward_hook(gather)):
+        logits = call(model, inputs)[0]
+    output, hidden = kept
+    yield slice(0, min(size, len(rows))), logits
+    for start in range(size, len(rows), size):
+        made = _with_first(output, hidden[:, start : start + size])
         with stub(entry, lambda *args, made=made, **kwargs: made):
             logits = call(model, inputs)[0]
-        yield piece, logits
+        yield slice(start, min(start + size, len(rows))), logits
+
+
+def _with_first(output: Any, value: torch.Tensor) -> Any:
+    """A module's output with another first entry."""
+    if isinstance(output, torch.Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return type(output)(**{**output, next(iter(output)): value})
 
 
 def _pick(hidden: torch.Tensor, shape: torch.Size, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -86,9 +95,8 @@ def _pick(hidden: torch.Tensor, shape: torch.Size, rows: torch.Tensor, columns: 
 
 
 @contextlib.contextmanager
-def _hooks(*handles) -> Iterator[None]:
+def _hook(handle: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
