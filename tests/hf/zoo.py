@@ -83,6 +83,11 @@ def build(
     auto = hf.AutoModelForMaskedLM if family in ENCODERS else hf.AutoModelForCausalLM
     torch.manual_seed(seed)
     model = auto.from_config(config)
+    return randomise(model, seed).to(dtype)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights, biases and sinks large enough to matter; in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -91,7 +96,9 @@ def build(
                 weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
             elif name.endswith("bias"):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return model.to(dtype).eval()
+            elif name.endswith("sinks"):
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+    return model.eval()
 
 
 def batch(rows: int = 3, tokens: int = 11, *, padding: str | None = "left", seed: int = 1) -> dict[str, torch.Tensor]:

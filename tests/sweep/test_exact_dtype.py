@@ -1,4 +1,4 @@
-"""Errors against float64 are those of the plain hook loop in the same dtype on the same batch, at most twice as large."""
+"""Errors against float64 are at most twice those of the plain hook loop in the same dtype on the same batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Every metric through the engine against the same metric written down from the whole logits of one sample at a time."""
+"""Every metric through the engine against the same metric written down from whole logits, one sample at a time."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -77,11 +78,13 @@ def looked_up(logits, sample):
 
 
 def rank(token):
-    return Measure(
-        None, lambda logits, base, tokens, prompt, n: (logits[prompt - 1] > logits[prompt - 1, token]).sum().double()
-    )
+    def score(logits, base, tokens, prompt, n):
+        return (logits[prompt - 1] > logits[prompt - 1, token]).sum().double()
+
+    return Measure(None, score)
 
 
+@functools.cache
 def table(family: str):
     """name: (metric, the same in plain words)."""
     m, T = bf.metrics, kinds.TARGETS
@@ -105,7 +108,7 @@ def table(family: str):
         "loss": (m.loss(T, name="loss"), of_next(miss, T)),
         "prompt loss": (m.loss(name="prompt loss"), of_next(miss, None)),
         "accuracy": (m.accuracy(OTHER, name="accuracy"), hits),
-        "exact": (m.accuracy(OTHER, exact=True, name="exact"), Measure(OTHER, lambda *a: (hits.score(*a) == 1).double())),
+        "exact": (m.accuracy(OTHER, exact=True, name="exact"), Measure(OTHER, lambda *a: hits.score(*a).floor())),
         "prompt accuracy": (m.accuracy(name="prompt accuracy"), of_next(right, None)),
         "diff": (m.logit_diff(5, 6, name="diff"), brute.logit_diff(5, 6)),
         "rank": (m.rank(9, name="rank"), rank(9)),
@@ -121,7 +124,10 @@ def table(family: str):
             divergence("js", "target", T, reference),
         ),
         "entropy": (m.custom(entropy), of_rows(lambda x, n: entropy(x[None])[0], "last_prompt")),
-        "entropy prompt": (m.custom(entropy, "prompt", name="entropy prompt"), of_rows(lambda x, n: entropy(x[None])[0], "prompt")),
+        "entropies": (
+            m.custom(entropy, "prompt", name="entropies"),
+            of_rows(lambda x, n: entropy(x[None])[0], "prompt"),
+        ),
         "spread": (m.custom(spread, "target", targets=T), of_rows(lambda x, n: spread(x[None])[0], "target", T)),
         "looked up": (
             m.custom(looked_up, per_sample=True, name="looked up"),
@@ -166,7 +172,7 @@ def test_all_metrics_at_once(family, grid, padding):
         if name in blind:
             assert moved == 0, name
         elif name not in ("prob", "rank", "accuracy", "exact", "prompt accuracy"):
-            assert moved > 1e-2, f"{name}: {moved}"
+            assert moved > 1e-3, f"{name}: {moved}"
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -177,7 +183,7 @@ def test_each_metric_alone(name):
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_metrics_of_encoders(family):
-    names = ["diff", "rank", "kl", "js model", "kl model", "reverse", "entropy", "entropy prompt", "looked up"]
+    names = ["diff", "rank", "kl", "js model", "kl model", "reverse", "entropy", "entropies", "looked up"]
     metrics = {
         name for name in names if not table(family)[name][0].needs_causal and table(family)[name][1].targets is None
     }
@@ -224,9 +230,7 @@ def test_logits_in_chunks(family, limit, monkeypatch):
     """The numbers do not depend on how many rows of logits are held at a time."""
     case = kinds.case("patch", "last", kinds.head_dim(family))
     causal = family not in zoo.ENCODERS
-    names = (
-        ["log", "other", "diff", "kl target", "js", "entropy prompt"] if causal else ["diff", "entropy prompt", "js"]
-    )
+    names = ["log", "other", "diff", "kl target", "js", "entropies"] if causal else ["diff", "entropies", "js"]
     metrics = [table(family)[name][0] for name in names]
     options = dict(metric=metrics, progress=False, **case.options)
     whole = bf.sweep(kinds.model(family), kinds.data("right"), **options)
