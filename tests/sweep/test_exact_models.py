@@ -281,8 +281,8 @@ REFUSED = {
     "jamba": (lambda: hf.JambaConfig(**_grouped, use_mamba_kernels=False), "hybrid layers"),
     "gemma3n_text": (
         lambda: hf.Gemma3nTextConfig(
-            **_grouped, head_dim=16, vocab_size_per_layer_input=67, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
-            layer_types=["full_attention"] * 3,
+            **_grouped, head_dim=16, vocab_size_per_layer_input=67, hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0, layer_types=["full_attention"] * 3,
         ),
         "not the residual stream",
     ),
