@@ -128,13 +128,18 @@ class Sweep:
     def _chunks(self, job: Job, size: int | None) -> list[Chunk]:
         layout = job.layout
         variants = [variant for variant in self.grid.variants if variant.edits]
+        whole = [
+            int(read.min())
+            for m, read in zip(self.members[job.number], layout.reads, strict=True)
+            if self.metrics[m].whole_rows
+        ]  # a metric of whole rows needs a variant's logits from its first column on
         columns: dict[Any, tuple[int, int]] = {}
         for variant in variants:
             if (key := _key(variant.at)) not in columns:
                 # Checked before; what is cut off behind the last column read cannot show.
                 rows = spans(variant.at, layout.last, [layout.width + end for end in layout.last])
                 first, stop = ([bounds[i] for bounds in rows] for i in (0, 1))
-                start = min(layout.column(first), layout.width - 1)
+                start = min(layout.column(first), layout.width - 1, *whole)
                 columns[key] = start, max(min(layout.column(stop, max), layout.width), start + 1)
                 if _after(layout, first):
                     self._note(

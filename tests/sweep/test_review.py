@@ -1,0 +1,23 @@
+"""Corners where the engine's reuse of the base run and the model's own ways meet."""
+
+from __future__ import annotations
+
+import torch
+
+import bkdfast as bf
+from tests.hf import zoo
+
+TARGETS = [[5, 6, 7], [8, 9], [9, 10, 11, 12]]
+
+
+def sweep(model, batch, metric, **options):
+    """The result, every cell of it checked with plain hooks in all likelihood."""
+    return bf.sweep(model, batch, edit=bf.Zero(), metric=metric, verify=40, progress=False, **options)
+
+
+def test_whole_rows_are_read_from_before_the_edit_too():
+    """A custom metric gets the last prompt token's logits, although the edit comes after it."""
+    metric = bf.metrics.custom(lambda logits: logits[:, :, 5].sum(1), "target", targets=TARGETS, name="sum")
+    options = dict(heads=[(1, 0), (1, 2), (2, 1)], positions=[6, "generated"], variants=1)
+    result = sweep(zoo.build("llama"), zoo.batch(), metric, **options)
+    assert result.facts["shared_prefix"] and result.effects[1, :3:2].abs().max() > 0.1
