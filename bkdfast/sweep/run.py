@@ -114,8 +114,9 @@ class Sweep:
         anchors = None
         if causal and self.join is not None and not columns and starts:
             anchors = [min(row) for row in zip(*starts, strict=True)]
-        # Rows of a model that counts positions by itself stay where they are.
-        moved = anchors if takes(self.model, "position_ids") else None
+        # Rows of a model that counts positions by itself stay where they are; OPT does so, and counts no holes.
+        known = "position_ids" in inputs or bool((mask != 0).sum(1).eq(whole_end - whole_begin + 1).all())
+        moved = anchors if known and takes(self.model, "position_ids") else None
         layout = lay_out(scored, last, moved, trim=causal)
         start = layout.column(anchors) if anchors is not None else 0
         shared = anchors is not None and (start >= planning.WORTH * layout.width or bool(self.share and start))

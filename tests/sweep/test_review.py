@@ -21,3 +21,12 @@ def test_whole_rows_are_read_from_before_the_edit_too():
     options = dict(heads=[(1, 0), (1, 2), (2, 1)], positions=[6, "generated"], variants=1)
     result = sweep(zoo.build("llama"), zoo.batch(), metric, **options)
     assert result.facts["shared_prefix"] and result.effects[1, :3:2].abs().max() > 0.1
+
+
+def test_a_model_that_counts_positions_itself_skips_holes_in_the_mask():
+    """OPT counts real tokens, also where a mask has holes; its rows are not given other positions."""
+    for padding in ("left", "right", None):
+        batch = zoo.batch(tokens=14, padding=padding)
+        batch["attention_mask"][0, 4:6] = 0
+        result = sweep(zoo.build("opt"), batch, bf.metrics.target_logprob([[5, 6]] * 3), at="last_prompt")
+        assert result.facts["largest_error"] < 1e-5 and result.effects.abs().max() > 0.1
