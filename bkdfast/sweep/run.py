@@ -147,8 +147,6 @@ class Sweep:
                         f"the metric reads no position at or after the edit (at={variant.at!r}): its effect is zero"
                     )
         places = [columns[_key(variant.at)] for variant in variants]
-        if any(self.metrics[m].whole_rows for m in self.members[job.number]):
-            places = [(min(first for first, _ in places), stop) for _, stop in places]  # what it reads runs at once
         return planning.chunks_of(variants, places, layout, size, self.tokens, shared=job.shared)
 
     def _note(self, text: str) -> None:
