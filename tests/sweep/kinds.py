@@ -136,10 +136,10 @@ def head_dim(family: str) -> int:
     return 12 if family in ("gpt2", "gpt_neox", "falcon", "opt", "bert", "distilbert") else 16
 
 
-def check(subject, paths, found_case: Case, padding: str | None, measure, metric, *, tolerance=None, **options) -> None:
+def check(subject, paths, found_case: Case, padding: str | None, measure, metric, *, tolerance=None, call=None, **options):
     """The engine's effects are those of the oracle, and far above the tolerance."""
     batches = data(padding, found_case.batches)
-    want = Brute(subject, paths, batches).effects(found_case.variants, measure)
+    want = Brute(subject, paths, batches, call=call).effects(found_case.variants, measure)
     result = bf.sweep(subject, batches, metric=metric, progress=False, **{**found_case.options, **options})
     found = torch.stack([result.effects[index] for index in found_case.index])
     brute.close(found, want, **(tolerance or {}))
