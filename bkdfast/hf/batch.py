@@ -38,7 +38,7 @@ def batches(data: Batch | Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
                 f"input_ids must be a non-empty tensor [B, T], got {tuple(getattr(ids, 'shape', ()))}; "
                 "tokenise with return_tensors='pt' and padding=True"
             )
-        batch = dict(batch)
+        batch = {name: value for name, value in batch.items() if name != "labels"}  # they would buy a loss
         prompt_ends(batch)
         empty = False
         yield batch
@@ -109,5 +109,7 @@ def call(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """
     unnamed = [name for name in ("input_ids", "attention_mask") if not takes(model, name)]
     inputs = {name: value for name, value in batch.items() if name not in unnamed}
+    if takes(model, "output_router_logits"):  # the first output would be a loss
+        inputs["output_router_logits"] = False
     output = model(batch["input_ids"], **inputs) if "input_ids" in unnamed else model(**inputs)
     return output if isinstance(output, torch.Tensor) else output[0]

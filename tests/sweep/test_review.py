@@ -30,3 +30,23 @@ def test_a_model_that_counts_positions_itself_skips_holes_in_the_mask():
         batch["attention_mask"][0, 4:6] = 0
         result = sweep(zoo.build("opt"), batch, bf.metrics.target_logprob([[5, 6]] * 3), at="last_prompt")
         assert result.facts["largest_error"] < 1e-5 and result.effects.abs().max() > 0.1
+
+
+def test_labels_of_a_data_collator_are_left_out():
+    """With labels a model returns its loss before the logits."""
+    batch = zoo.batch()
+    labelled = batch | {"labels": batch["input_ids"].clone()}
+    model, metrics = zoo.build("llama"), [bf.metrics.logit_diff(5, 6), bf.metrics.target_logprob([5, 6])]
+    want, found = (sweep(model, data, metrics, at="last_prompt") for data in (batch, labelled))
+    assert all(torch.equal(found[name].effects, want[name].effects) for name in want)
+
+
+def test_router_logits_are_not_asked_for():
+    """A Mixtral that was trained returns an auxiliary loss first, and cannot compute it for a part of the tokens."""
+    model = zoo.build("mixtral")
+    options = dict(at="last_prompt", heads=[(0, 1), (1, 2)])
+    want = sweep(model, zoo.batch(), bf.metrics.logit_diff(5, 6), **options)
+    model.config.output_router_logits = True
+    found = sweep(model, zoo.batch(), bf.metrics.logit_diff(5, 6), **options)
+    torch.testing.assert_close(found.effects, want.effects, equal_nan=True)
+    assert model.config.output_router_logits
