@@ -7,6 +7,7 @@ heads, layers of another site, positions) into a flat list of variants and the n
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,13 +171,13 @@ def _layers(layers: Sequence[int] | None, spec: ModelSpec):
 
 
 def _is_pair(value: Any) -> bool:
-    return len(value) == 2 and all(hasattr(i, "__index__") for i in value)
+    return len(value) == 2 and all(hasattr(i, "__index__") and not getattr(i, "ndim", 0) for i in value)
 
 
 def _checked(pair: Head, spec: ModelSpec) -> Head:
     if not _is_pair(pair):
         raise InvalidArgumentError(f"{pair!r} is not a (layer, head) pair")
-    layer, head = pair
+    layer, head = map(operator.index, pair)
     if not 0 <= layer < spec.layers or not 0 <= head < spec.blocks[layer].heads:
         raise InvalidArgumentError(
             f"head {(layer, head)} is out of range: {spec.layers} layers of {spec.blocks[0].heads} heads"

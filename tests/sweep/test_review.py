@@ -50,3 +50,16 @@ def test_router_logits_are_not_asked_for():
     found = sweep(model, zoo.batch(), bf.metrics.logit_diff(5, 6), **options)
     torch.testing.assert_close(found.effects, want.effects, equal_nan=True)
     assert model.config.output_router_logits
+
+
+def test_heads_as_tensors():
+    """`top()` of another library, or nonzero() of a mask: numbers in tensors are numbers."""
+    model, pairs = zoo.build("llama"), [(0, 1), (1, 2)]
+    for heads in (torch.tensor(pairs), torch.tensor([pairs]), [torch.tensor(pairs), [(2, 0)]]):
+        plain = torch.as_tensor(heads[0]).tolist()
+        listed = heads.tolist() if isinstance(heads, torch.Tensor) else [plain, [(2, 0)]]
+        want, found = (
+            sweep(model, zoo.batch(), bf.metrics.logit_diff(5, 6), at="last_prompt", heads=given)
+            for given in (listed, heads)
+        )
+        torch.testing.assert_close(found.effects, want.effects, equal_nan=True)
