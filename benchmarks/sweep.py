@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.peers.drive import Entry, Worker
+from benchmarks.peers.drive import Entry, first_run
 from benchmarks.peers.runners import ours
 from benchmarks.run import RESULTS, compare, machine, seconds, slug
 from benchmarks.sweep_task import Shape, Sweep, Task, build, cached_loop, hook_loop
@@ -206,12 +206,8 @@ def growth(shape: Shape, runner: str, threads: int) -> dict[str, float]:
     """What one sweep adds to the resident set of a fresh process, and that process's peak, in MB."""
     with tempfile.TemporaryDirectory() as folder:
         build(shape).save(Path(folder))
-        worker = Worker(Entry(runner, "memory", sys.executable, runner), Path(folder), threads)
-        try:
-            answer = worker.ask("first")
-        finally:
-            worker.close()
-    return {"growth_mb": answer["growth"] / 1e6, "peak_mb": answer["peak"] / 1e6}
+        found, _ = first_run(Entry(runner, "memory", sys.executable, runner), Path(folder), threads)
+    return {"growth_mb": found["growth"] / 1e6, "peak_mb": found["peak"] / 1e6}
 
 
 def summary(row: dict) -> str:

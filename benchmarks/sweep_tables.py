@@ -29,7 +29,11 @@ def sweep_table(result: dict) -> str:
         cells += [f"{error['bkdfast']['max']:.0e} ({error['hook loop']['max']:.0e})"]
         lines.append(f"| {' | '.join(cells)} |")
     failed = len(result["sweeps"]) - len(rows)
-    lines += ["", sweep_caption(facts, rows) + f" {failed} sizes failed and are not shown." * bool(failed)]
+    lines += [
+        "",
+        sweep_caption(facts, rows)
+        + f" {failed} of {len(result['sweeps'])} sizes failed and are not shown." * bool(failed),
+    ]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ effects differ from those of plain hooks ends the run: its time would be that of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -59,19 +60,25 @@ class Entry:
 
 
 class Worker:
-    """A library's process."""
+    """A library's process.
 
-    def __init__(self, entry: Entry, folder: Path, threads: int) -> None:
+    With `lean`, malloc gives freed memory back at once (1 MB and up), so that a peak is what was needed at one time and
+    repeats from process to process; that costs time, so such a process is not timed.
+    """
+
+    def __init__(self, entry: Entry, folder: Path, threads: int, *, lean: bool = False) -> None:
         self.entry, self.log = entry, folder / f"{entry.runner}.log"
         command = [entry.python, "-m", "benchmarks.peers.worker", entry.runner, str(folder), "--threads", str(threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
         environment.pop("PYTHONPATH", None)
+        if lean:
+            environment |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "65536"}
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         try:
-            entry.found = self._answer()
+            self.ready = self._answer()
         except PeerError:
             self.close()
             raise
@@ -161,28 +168,19 @@ def measure(shape: Shape, rounds: int, threads: int, peers: Sequence[Peer] = PEE
     refuse_too_few(able, missing)
     with tempfile.TemporaryDirectory() as folder:
         build(shape).save(Path(folder))
-        workers: list[Worker] = []
-        try:
-            for entry in tqdm(able, desc="first run", unit="library"):
-                try:
-                    worker = Worker(entry, Path(folder), threads)
-                    workers.append(worker)
-                    entry.found |= worker.ask("first")
-                except PeerError as error:
-                    if entry.project is None:
-                        raise
-                    missing[entry.title] = str(error).removeprefix(f"{entry.title}: ")
-                    if workers and workers[-1].entry is entry:
-                        workers.pop().close()
-                    continue
-                entry.effects = load_file(Path(folder) / f"{entry.runner}.safetensors")["effects"]
-            ready = [worker.entry for worker in workers]
-            refuse_too_few(ready, missing)
-            refuse_disagreement(ready)
-            samples = _rounds(workers, rounds)
-        finally:
-            for worker in workers:
-                worker.close()
+        ready = []
+        for entry in tqdm(able, desc="effects and memory", unit="library"):
+            try:
+                entry.found, entry.effects = first_run(entry, Path(folder), threads)
+            except PeerError as error:
+                if entry.project is None:
+                    raise
+                missing[entry.title] = str(error).removeprefix(f"{entry.title}: ")
+                continue
+            ready.append(entry)
+        refuse_too_few(ready, missing)
+        refuse_disagreement(ready)
+        samples = _rounds(ready, Path(folder), rounds, threads)
     _, figures = compare(samples, [next(entry.title for entry in ready if entry.name == LOOP)])
     return {
         "shape": {"name": shape.name, **vars(shape)},
@@ -195,12 +193,29 @@ def measure(shape: Shape, rounds: int, threads: int, peers: Sequence[Peer] = PEE
     }  # fmt: skip
 
 
-def _rounds(workers: list[Worker], rounds: int) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {worker.entry.title: [] for worker in workers}
-    for _ in tqdm(range(rounds), desc="rounds", unit="round"):
-        for worker in workers:
-            answer = worker.ask("run")
-            if not answer["drift"] <= TOLERANCE * worker.entry.effects.abs().max().item():
-                raise PeerError(f"{worker.entry.title}: a later run found other effects than the first")
-            samples[worker.entry.title].append(answer["seconds"])
+def first_run(entry: Entry, folder: Path, threads: int) -> tuple[dict, torch.Tensor]:
+    """(versions and memory in bytes, effects) of one sweep in a fresh process."""
+    worker = Worker(entry, folder, threads, lean=True)
+    try:
+        found = {**worker.ready, **worker.ask("first")}
+    finally:
+        worker.close()
+    return found, load_file(folder / f"{entry.runner}.safetensors")["effects"]
+
+
+def _rounds(ready: Sequence[Entry], folder: Path, rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round, after a round that is not counted."""
+    samples: dict[str, list[float]] = {entry.title: [] for entry in ready}
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for entry in ready:
+            workers.append(Worker(entry, folder, threads))
+            stack.callback(workers[-1].close)
+        for number in tqdm(range(rounds + 1), desc="rounds", unit="round"):
+            for worker in workers:
+                answer, entry = worker.ask("run"), worker.entry
+                if not answer["drift"] <= TOLERANCE * entry.effects.abs().max().item():
+                    raise PeerError(f"{entry.title}: a later run found other effects than the first")
+                if number:
+                    samples[entry.title].append(answer["seconds"])
     return samples

@@ -1,7 +1,7 @@
 """One library's side: `python -m benchmarks.peers.worker RUNNER FOLDER`, in that library's environment.
 
 Answers each line of stdin with one line of JSON: "first" runs the sweep, measures memory and writes the effects into
-FOLDER; "run" runs it again and says how long it took and how far the effects are from the first ones.
+FOLDER; "run" runs it, and says how long it took and how far the effects are from the written ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.memory import peak_growth
 from benchmarks.sweep_task import Sweep, Task
@@ -37,18 +37,19 @@ def main() -> None:
     sweep: Sweep = runner.load(Task.load(options.folder))
     versions = {name: importlib.metadata.version(name) for name in (*runner.PACKAGES, "torch", "transformers")}
     answers.write(json.dumps({"versions": versions}) + "\n")
-    first = torch.empty(0)
+    written = options.folder / f"{options.runner}.safetensors"
     for line in sys.stdin:
         command = line.strip()
         if command == "first":
-            first, growth, peak = peak_growth(sweep)
-            save_file({"effects": first.clone()}, options.folder / f"{options.runner}.safetensors")
+            effects, growth, peak = peak_growth(sweep)
+            save_file({"effects": effects.clone()}, written)
             answers.write(json.dumps({"growth": growth, "peak": peak}) + "\n")
         elif command == "run":
             start = time.perf_counter()
             effects = sweep()
             took = time.perf_counter() - start
-            answers.write(json.dumps({"seconds": took, "drift": (effects - first).abs().max().item()}) + "\n")
+            drift = (effects - load_file(written)["effects"]).abs().max().item()
+            answers.write(json.dumps({"seconds": took, "drift": drift}) + "\n")
         else:
             raise SystemExit(f"{command!r} is neither 'first' nor 'run'")
 

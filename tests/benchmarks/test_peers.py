@@ -105,11 +105,11 @@ def test_disagreement_is_refused_by_name():
 class FakeWorker:
     """Answers at once; `Broken` does not start, `Crashing` ends in the first run, `Drifting` changes its results."""
 
-    def __init__(self, entry: Entry, folder, threads: int) -> None:
+    def __init__(self, entry: Entry, folder, threads: int, *, lean: bool = False) -> None:
         if entry.runner == "Broken":
             raise PeerError(f"{entry.title}: ImportError: no module")
         self.entry, self.folder = entry, folder
-        self.entry.found = {"versions": {}}
+        self.ready = {"versions": {}}
 
     def ask(self, words: str) -> dict:
         if words == "run":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import sweep
+from benchmarks import sweep, sweep_tables
 from benchmarks.sweep_task import Shape, Task, build, hook_loop
 
 TINY = Shape(layers=3, heads=4, width=32, mlp=40, vocab=61, batch=2, tokens=7, targets=3)
@@ -81,6 +82,7 @@ def test_check_refuses_what_disagrees_or_is_less_exact():
     found = sweep.check(task, good, sampled=False)
     assert found["cells"] == good[sweep.LOOP].numel()
     assert 0 < found["float64"][sweep.LOOP]["max"] < 1e-4
+    assert sweep.check(task, good, sampled=True)["cells"] == TINY.layers * 2 * TINY.batch
     largest = good[sweep.LOOP].abs().max()
     with pytest.raises(AssertionError, match="prompt cached and the plain loop differ"):
         sweep.check(task, {**good, sweep.CACHED: good[sweep.CACHED] + 0.01 * largest}, sampled=False)
@@ -88,6 +90,23 @@ def test_check_refuses_what_disagrees_or_is_less_exact():
         sweep.check(task, {**good, sweep.OURS: good[sweep.OURS] + 1e-4 * largest}, sampled=False)
     with pytest.raises(AssertionError):
         sweep.check(task, {**good, sweep.OURS: good[sweep.OURS] * torch.nan}, sampled=False)
+
+
+@pytest.mark.parametrize("long", [0.0, 1e9], ids=["few rounds", "all rounds"])
+def test_a_row_of_the_table(long, monkeypatch):
+    monkeypatch.setattr(sweep, "_LONG", long)
+    monkeypatch.setattr(sweep, "growth", lambda shape, runner, threads: {"growth_mb": 1.0, "peak_mb": 9.0})
+    row = sweep.measure(TINY, rounds=4, threads=1)
+    assert row["rounds"] == (4 if long else 3)
+    assert row["flop_ratio"] == TINY.flops()["loop"] / TINY.flops()["plan"] > 1
+    assert row["versions"][sweep.LOOP]["speedup"] == 1
+    assert row["unavoidable_s"] > 0 and row["over_unavoidable"] > 0
+    failed = {"name": "another size", "shape": vars(TINY), "error": "AssertionError: no"}
+    result = json.loads(json.dumps({"machine": {"name": "a machine", "torch": "2"}, "sweeps": [row, failed]}))
+    text = sweep_tables.sweep_table(result)
+    assert "patch, last prompt token, 3 x 4 heads, d=32, T=7, B=2, float32" in text
+    assert "1 MB (1)" in text and "1 of 2 sizes failed" in text
+    assert "FAILED" in sweep.summary(failed) and sweep.OURS in sweep.summary(row)
 
 
 def test_operations_of_a_forward_are_those_torch_counts():
