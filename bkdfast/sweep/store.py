@@ -333,4 +333,4 @@ def _show(value: Any) -> str:
 def _launcher_hint() -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ""
-    return "; for the ranks of one sweep, call torch.distributed.init_process_group() before it"
+    return "; for the ranks of one sweep, call bkdfast.sweep.units.join() before it"

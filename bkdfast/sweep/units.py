@@ -1,9 +1,10 @@
 """`run_units`: compute the units of a sweep that are not done, in one process or in many.
 
-The processes are the ranks of `torch.distributed` (`torchrun`), and the result is the same, bit for bit, as that of
-one: what a unit computes does not depend on who computes it. A rank draws its next unit from a counter in the c10d
-store. When the counter has run out, ranks watch the folder and take over units whose owner is gone: it ended, or its
-heartbeat has stopped for `lease` seconds. There is no collective anywhere, so that nothing waits for a dead rank.
+The processes are the ranks of `torch.distributed` (`torchrun`; see `join`), and the result is the same, bit for bit, as
+that of one: what a unit computes does not depend on who computes it. A rank draws its next unit from a counter in the
+c10d store. When the counter has run out, ranks watch the folder and take over units whose owner is gone: it ended, was
+started again, or its heartbeat has stopped for `lease` seconds. There is no collective anywhere, so that nothing waits
+for a dead rank.
 
 What one lost rank costs:
 
@@ -40,8 +41,6 @@ LEASE = 20.0
 """Seconds without a heartbeat after which a rank counts as lost."""
 
 Tensors = dict[str, torch.Tensor]
-_JOINED: tuple[Any, int, int] | None = None
-"""The c10d store, rank and number of processes that `join` found."""
 
 
 class _Bar(tqdm):
@@ -113,7 +112,7 @@ def run_units(
         if store is None or world == 1:
             units = _alone(total, computed, store, done)
         else:
-            session = stack.enter_context(_Session(_c10d(store), lease))
+            session = stack.enter_context(_Session(_c10d(store), rank, lease))
             units = _shared(total, computed, store, session)
         finished = len(done)
         bar.set_postfix_str(f"{finished}/{total} units")
@@ -125,22 +124,25 @@ def run_units(
             yield unit, tensors
 
 
+_joined: tuple[Any, int, int] | None = None  # c10d store, rank, number of processes
+
+
 def place() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
+    """This process's rank and the number of processes; (0, 1) without torch.distributed and `join`."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return _JOINED[1:] if _JOINED else (0, 1)
+    return _joined[1:] if _joined else (0, 1)
 
 
 def join() -> tuple[int, int]:
-    """As `place`, after meeting the other processes if a launcher such as `torchrun` started this one among several.
+    """As `place`, after joining the processes that a launcher such as `torchrun` started together with this one.
 
-    They meet in the c10d store only: a process group would connect each to each, and hang or fail with the first lost.
+    Connects to their c10d store and makes no process group: there is nothing to set up among all ranks, which would
+    need all of them alive. Where a process group is initialised already, its store serves.
     """
-    global _JOINED
-    several = dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and _JOINED is None:
-        _JOINED = next(dist.rendezvous("env://"))
+    global _joined
+    if place() == (0, 1) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _joined = next(dist.rendezvous("env://"))
     return place()
 
 
@@ -183,13 +185,14 @@ def _shared(
 class _Session:
     """One rank's part in one sweep: its claims and its heartbeat in the c10d store.
 
-    `next` is the counter, `owner/<unit>` the session that computes a unit, with a `+` once it is stored, and
-    `alive/<session>` changes for as long as that session goes on.
+    `next` is the counter, `owner/<unit>` the session that computes a unit, with a `+` once it is stored;
+    `alive/<session>` changes for as long as that session goes on, and `rank/<rank>` is the rank's latest session. All
+    of it may outlive a session: torchrun's agent keeps its store when it starts the ranks again.
     """
 
-    def __init__(self, c10d: Any, lease: float) -> None:
-        self.c10d, self.lease = c10d, lease
-        self.name = secrets.token_hex(8)
+    def __init__(self, c10d: Any, rank: int, lease: float) -> None:
+        self.c10d, self.rank, self.lease = c10d, rank, lease
+        self.name = f"{rank}.{secrets.token_hex(8)}"
         self.counting = True
         self.looked = self.warned = False
         self.beats: dict[str, tuple[bytes, float]] = {}  # last heartbeat seen, and when it was new
@@ -200,6 +203,7 @@ class _Session:
 
     def __enter__(self) -> _Session:
         self._ask("set", f"alive/{self.name}", "0")
+        self._ask("set", f"rank/{self.rank}", self.name)
         self.thread.start()
         return self
 
@@ -241,9 +245,11 @@ class _Session:
         session = owner.decode().rstrip("+")
         if session == self.name:  # its file was damaged since
             return True
-        beat = self._ask("get", f"alive/{session}")
-        if beat is None:
+        latest, beat = self._ask("get", f"rank/{session.partition('.')[0]}"), self._ask("get", f"alive/{session}")
+        if latest is None or beat is None:
             return False
+        if latest != session.encode():  # its rank was started again
+            return True
         now = time.monotonic()
         last, since = self.beats.setdefault(session, (beat, now))
         if beat != last:
@@ -291,15 +297,14 @@ class _Session:
 
 
 def _c10d(store: Store) -> Any:
-    """The process group's store, with keys of this sweep only; None if the backend has none (MPI)."""
-    try:
-        if _JOINED is not None and not dist.is_initialized():
-            default = _JOINED[0]
-        else:
+    """The ranks' c10d store, with keys of this sweep only; None if the backend has none (MPI)."""
+    default = _joined[0] if _joined else None
+    if dist.is_available() and dist.is_initialized():
+        try:
             default = dist.distributed_c10d._get_default_store()
-    except (AttributeError, ValueError, RuntimeError):
-        return None
-    return dist.PrefixStore(f"bkdfast/{store.key}", default)
+        except (AttributeError, ValueError, RuntimeError):
+            default = None
+    return default and dist.PrefixStore(f"bkdfast/{store.key}", default)
 
 
 @contextlib.contextmanager

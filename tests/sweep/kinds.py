@@ -136,7 +136,9 @@ def head_dim(family: str) -> int:
     return 12 if family in ("gpt2", "gpt_neox", "falcon", "opt", "bert", "distilbert") else 16
 
 
-def check(subject, paths, found_case: Case, padding: str | None, measure, metric, *, tolerance=None, call=None, **options):
+def check(
+    subject, paths, found_case: Case, padding: str | None, measure, metric, *, tolerance=None, call=None, **options
+):
     """The engine's effects are those of the oracle, and far above the tolerance."""
     batches = data(padding, found_case.batches)
     want = Brute(subject, paths, batches, call=call).effects(found_case.variants, measure)

@@ -74,7 +74,13 @@ def test_lora(family, modules, paths):
         batch = zoo.batch(padding=None)
         assert (model(**batch).logits - kinds.model(family)(**batch).logits).abs().max() > 0.1
     result = bf.sweep(
-        model, zoo.batch(), edit=bf.Zero(), at="last_prompt", metric=bf.metrics.target_prob([5]), verify=12, progress=False
+        model,
+        zoo.batch(),
+        edit=bf.Zero(),
+        at="last_prompt",
+        metric=bf.metrics.target_prob([5]),
+        verify=12,
+        progress=False,
     )
     assert result.facts["shared_prefix"] and result.facts["largest_error"] < 1e-4
 
@@ -114,7 +120,9 @@ def test_a_projection_whose_forward_was_replaced():
 def test_dynamic_int8_is_refused():
     model = zoo.build("llama")
     model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(UnsupportedModelError, match=r"model.layers.0.self_attn.q_proj is Linear: int8 with activations"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model.layers.0.self_attn.q_proj is Linear: int8 with activations"
+    ):
         bf.sweep(model, zoo.batch(), edit=bf.Zero(), metric=bf.metrics.target_prob([5]), progress=False)
 
 
@@ -191,7 +199,13 @@ def test_offloaded_weights(where, tmp_path):
     if where == "cpu":
         accelerate.cpu_offload(model, execution_device="cpu")
     else:
-        names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{i}" for i in range(3))]
+        names = [
+            "model.embed_tokens",
+            "model.norm",
+            "model.rotary_emb",
+            "lm_head",
+            *(f"model.layers.{i}" for i in range(3)),
+        ]
         places = {name: "disk" if where == "disk" or name.endswith("1") else "cpu" for name in names}
         accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
         assert model.model.layers[1].self_attn.o_proj.weight.device.type == "meta"
@@ -233,9 +247,7 @@ class Plain(torch.nn.Module):
 def plain(**changes):
     torch.manual_seed(0)
     block = dict(norms=(), heads=4, head_dim=12, neurons=40)
-    blocks = tuple(
-        bf.hf.BlockSpec(f"blocks.{i}", f"blocks.{i}.out", f"blocks.{i}.down", **block) for i in range(3)
-    )
+    blocks = tuple(bf.hf.BlockSpec(f"blocks.{i}", f"blocks.{i}.out", f"blocks.{i}.down", **block) for i in range(3))
     spec = bf.hf.ModelSpec("toy", blocks, width=48, embedding="embed", unembedding="unembed", **changes)
     return Plain().eval(), spec
 

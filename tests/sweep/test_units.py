@@ -43,13 +43,21 @@ def free_port():
 
 
 class Rank:
-    """One rank in a process of its own; its log has a line for each unit begun, its file the result."""
+    """One rank in a process of its own; its log has a line for each unit begun, its file the result.
 
-    def __init__(self, rank, folder, port, *, world=2, hosts=False, die_at=None, die=None, lease=1.0, own=False):
+    After its first unit it waits until other ranks have begun as many as `others` says: {rank: units}.
+    """
+
+    def __init__(
+        self, rank, folder, port, *, world=2, hosts=False, die_at=None, die=None, lease=1.0, own=False, others=None
+    ):
         self.rank, self.log, self.file = rank, folder / f"log{rank}", folder / f"rank{rank}.safetensors"
         self.path = folder / (f"out{rank}" if own else "out")
         self.world, self.port, self.hosts, self.lease, self.die_at = world, port, hosts, lease, die_at
         self.die = die or (lambda: os.kill(os.getpid(), signal.SIGKILL))
+        self.others = {folder / f"log{other}": count for other, count in (others or {}).items()}
+        for log in (self.log, *self.others):
+            log.touch()
         self.log.write_text("")
         self.process = fork(self.run)
 
@@ -70,6 +78,8 @@ class Rank:
             with open(self.log, "a") as file:
                 file.write(f"{unit}\n")
             time.sleep(0.03)
+            while begun > 1 and any(len(log.read_text().split()) < count for log, count in self.others.items()):
+                time.sleep(0.01)
             if begun == self.die_at:
                 self.die()
             return compute(unit)
@@ -86,7 +96,7 @@ class Rank:
 
 
 def test_two_ranks_share_the_work(tmp_path, agent):
-    ranks = [Rank(rank, tmp_path, agent.port, lease=60) for rank in range(2)]
+    ranks = [Rank(rank, tmp_path, agent.port, lease=60, others={1 - rank: 1}) for rank in range(2)]
     assert [wait(rank.process) for rank in ranks] == [0, 0]
     assert all(rank.right() for rank in ranks)
     first, second = (rank.begun() for rank in ranks)
@@ -95,7 +105,10 @@ def test_two_ranks_share_the_work(tmp_path, agent):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_costs_its_unit_only(tmp_path, agent, victim):
-    ranks = [Rank(rank, tmp_path, agent.port, die_at=2 if rank == victim else None) for rank in range(2)]
+    ranks = [
+        Rank(rank, tmp_path, agent.port, **({"die_at": 2} if rank == victim else {"others": {victim: 2}}))
+        for rank in range(2)
+    ]
     assert wait(ranks[victim].process) == -signal.SIGKILL
     assert wait(ranks[1 - victim].process) == 0 and ranks[1 - victim].right()
     lost, others = ranks[victim].begun()[-1], ranks[1 - victim].begun()
@@ -103,7 +116,9 @@ def test_a_killed_rank_costs_its_unit_only(tmp_path, agent, victim):
 
 
 def test_of_three_ranks_two_are_killed(tmp_path, agent):
-    ranks = [Rank(rank, tmp_path, agent.port, world=3, die_at=[None, 1, 3][rank]) for rank in range(3)]
+    others = {1: 1, 2: 3}
+    ranks = [Rank(0, tmp_path, agent.port, world=3, others=others)]
+    ranks += [Rank(rank, tmp_path, agent.port, world=3, die_at=others[rank]) for rank in (1, 2)]
     assert [wait(rank.process) for rank in ranks] == [0, -signal.SIGKILL, -signal.SIGKILL]
     assert ranks[0].right()
     assert sum(len(rank.begun()) for rank in ranks) == TOTAL + 2
@@ -111,7 +126,7 @@ def test_of_three_ranks_two_are_killed(tmp_path, agent):
 
 def test_the_rank_that_hosts_the_c10d_store_is_killed(tmp_path):
     port = free_port()
-    ranks = [Rank(rank, tmp_path, port, hosts=rank == 0, die_at=3 if rank == 0 else None) for rank in range(2)]
+    ranks = [Rank(0, tmp_path, port, hosts=True, die_at=3), Rank(1, tmp_path, port, others={0: 3})]
     assert [wait(rank.process) for rank in ranks] == [-signal.SIGKILL, 0]
     assert ranks[1].right()
     assert len(ranks[1].begun()) == len(set(ranks[1].begun()))
@@ -134,7 +149,10 @@ def test_a_rank_that_raises_lets_the_others_go_on(tmp_path, agent):
     def fail():
         raise MemoryError
 
-    ranks = [Rank(0, tmp_path, agent.port, lease=60), Rank(1, tmp_path, agent.port, die_at=2, die=fail, lease=60)]
+    ranks = [
+        Rank(0, tmp_path, agent.port, lease=60, others={1: 2}),
+        Rank(1, tmp_path, agent.port, lease=60, die_at=2, die=fail),
+    ]
     assert [wait(rank.process) for rank in ranks] == [0, 1], "and without waiting for the lease"
     assert ranks[0].right()
 
@@ -143,7 +161,10 @@ def test_a_frozen_rank_is_not_waited_for(tmp_path, agent):
     def freeze():
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    ranks = [Rank(0, tmp_path, agent.port), Rank(1, tmp_path, agent.port, die_at=2, die=freeze)]
+    ranks = [
+        Rank(0, tmp_path, agent.port, others={1: 2}),
+        Rank(1, tmp_path, agent.port, die_at=2, die=freeze),
+    ]
     assert wait(ranks[0].process) == 0 and ranks[0].right()
     os.kill(ranks[1].process, signal.SIGCONT)
     assert wait(ranks[1].process) == 0 and ranks[1].right(), "it gets the same result when it wakes up"
@@ -151,14 +172,17 @@ def test_a_frozen_rank_is_not_waited_for(tmp_path, agent):
 
 def test_a_slow_rank_is_waited_for(tmp_path, agent):
     # Longer than the lease; its heart goes on beating.
-    ranks = [Rank(rank, tmp_path, agent.port, lease=3, die_at=rank, die=lambda: time.sleep(4)) for rank in range(2)]
+    ranks = [
+        Rank(0, tmp_path, agent.port, lease=3, others={1: 1}),
+        Rank(1, tmp_path, agent.port, lease=3, die_at=1, die=lambda: time.sleep(4)),
+    ]
     assert [wait(rank.process) for rank in ranks] == [0, 0]
     assert sorted(ranks[0].begun() + ranks[1].begun()) == list(range(TOTAL)) and len(ranks[1].begun()) == 1
 
 
 def test_a_rank_asked_to_end_finishes_its_unit(tmp_path, agent):
     ranks = [
-        Rank(0, tmp_path, agent.port, lease=60),
+        Rank(0, tmp_path, agent.port, lease=60, others={1: 2}),
         Rank(1, tmp_path, agent.port, lease=60, die_at=2, die=lambda: os.kill(os.getpid(), signal.SIGTERM)),
     ]
     assert [wait(rank.process) for rank in ranks] == [0, -signal.SIGTERM]
@@ -197,8 +221,29 @@ class Twice(Rank):
         super().run()
         with pytest.raises(MemoryError):
             sweep()
+        dist.barrier()
         self.die_at = None
         sweep()
+
+
+class Joined(Rank):
+    """A rank without a process group, as torchrun starts it."""
+
+    def run(self):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "RANK": str(self.rank)}
+        os.environ |= {"WORLD_SIZE": str(self.world), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        assert units.join() == place() == (self.rank, self.world) and not dist.is_initialized()
+        self.sweep()
+
+
+def test_a_rank_started_again_is_not_waited_for(tmp_path, agent):
+    ranks = [
+        Joined(0, tmp_path, agent.port, lease=600, others={1: 2}),
+        Joined(1, tmp_path, agent.port, lease=600, die_at=2),
+    ]
+    assert wait(ranks[1].process) == -signal.SIGKILL
+    again = Joined(1, tmp_path, agent.port, lease=600)
+    assert [wait(rank.process) for rank in (ranks[0], again)] == [0, 0] and ranks[0].right() and again.right()
 
 
 def test_the_same_sweep_again_in_one_process_group(tmp_path, agent):
@@ -221,7 +266,7 @@ def test_many_processes_need_a_store(monkeypatch):
 def test_ranks_that_did_not_join_are_told_to(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     store = Store.open(tmp_path, MANIFEST)
-    with store.lock(), pytest.raises(StoreError, match="init_process_group"):
+    with store.lock(), pytest.raises(StoreError, match=r"call bkdfast.sweep.units.join\(\)"):
         list(run_units(3, compute, Store.open(tmp_path, MANIFEST), progress=False))
 
 
@@ -251,16 +296,20 @@ def test_the_bar_counts_what_was_there_as_done(tmp_path, capsys):
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
+import torch.distributed as dist
 from bkdfast.sweep.store import Store
 from bkdfast.sweep.units import join, run_units
 from tests.sweep.processes import compute, same
 rank, world = join()
-assert world == 2
+assert world == 2 and not dist.is_initialized()
 folder = Path(sys.argv[1])
 def logged(unit, advance=None):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     with open(folder / "log", "a") as file:
         file.write(f"{unit}\\n")
+    while first and rank == 1 and unit > 5 and not (folder / "began0").exists():
+        time.sleep(0.05)
+    (folder / f"began{rank}").touch()
     if first and rank == 0 and unit > 5:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1.5 if first and unit > 5 else 0.05)
