@@ -103,7 +103,7 @@ def grid(
         spec.outputs(site)  # every layer has one
         spec, edit = _as_one_head(spec, edit)
         places, dims, coords, shape = _layers(layers, spec)
-    spots = [edit.at if at is None else at] if positions is None else list(positions)
+    spots = [_plain(spot) for spot in ([edit.at if at is None else at] if positions is None else positions)]
     if positions is not None:
         dims, coords, shape = (*dims, "position"), {**coords, "position": spots}, (*shape, len(spots))
     moved = [edit.to(at=spot) if positions is None else _moved(edit, spot) for spot in spots]
@@ -118,6 +118,11 @@ def grid(
         for i, spot in enumerate(spots)
     ]
     return Grid(site, spec, edit.to(at=spots[0]), variants, dims, coords, shape)
+
+
+def _plain(spot: At) -> At:
+    """A number of NumPy or torch as an int."""
+    return spot if isinstance(spot, (str, slice)) or lowering.one_a_row(spot) else operator.index(spot)  # type: ignore[arg-type]
 
 
 def _moved(edit: Edit, spot: At) -> Edit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import bkdfast as bf
@@ -63,3 +64,14 @@ def test_heads_as_tensors():
             for given in (listed, heads)
         )
         torch.testing.assert_close(found.effects, want.effects, equal_nan=True)
+
+
+def test_positions_as_tensors():
+    """An axis of positions, or one position, may be numbers of torch or NumPy."""
+    model, metric = zoo.build("llama"), bf.metrics.logit_diff(5, 6)
+    want = sweep(model, zoo.batch(), metric, positions=[3, 4])
+    for given in (torch.arange(3, 5), np.arange(3, 5)):
+        found = sweep(model, zoo.batch(), metric, positions=given)
+        assert torch.equal(found.effects, want.effects) and found.coords["position"] == want.coords["position"]
+    found = sweep(model, zoo.batch(), metric, at=np.int64(3), positions=None)
+    torch.testing.assert_close(found.effects, want.effects[:, :, 0])
