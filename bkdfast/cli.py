@@ -1,19 +1,20 @@
-"""The command line: `bkdfast demo | audit | make-pair | doctor`."""
+"""The command line: `bkdfast demo | audit | sweep | baha | make-pair | doctor`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bkdfast._version import __version__
+from bkdfast.commands import baha, sweep
+from bkdfast.commands.files import folder, write_text
 from bkdfast.errors import BkdfastError, InvalidArgumentError
 
 DESCRIPTION = """\
@@ -21,6 +22,8 @@ Find and watch backdoors in language models. Start with
 
   bkdfast demo
   bkdfast audit --base base/ --tuned tuned/ --clean clean.jsonl --triggered triggered.jsonl
+  bkdfast baha tuned/ --clean clean.jsonl --triggered triggered.jsonl
+  bkdfast sweep model/ data.jsonl
 """
 
 STEPS = """\
@@ -47,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    import torch
+
     try:
         with warnings.catch_warnings():
             if not options.verbose:
@@ -57,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"bkdfast: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        if options.verbose:
+            raise
+        print(f"bkdfast: out of memory: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `bkdfast ... | head`: what is left to say goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -136,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     audit.set_defaults(run=_audit)
 
+    baha.add(commands, [common])
+    sweep.add(commands, [common])
+
     pair = commands.add_parser(
         "make-pair",
         parents=[common],
@@ -211,7 +224,7 @@ def _run(out: Path, settings, base: Path, tuned: Path, clean, triggered, **optio
     from bkdfast.studies.audit import audit
 
     started = time.perf_counter()
-    with _folder(out):
+    with folder(out):
         plots.require()
         found = audit(base, tuned, clean, triggered, settings=settings, **options)
         try:
@@ -225,34 +238,6 @@ def _run(out: Path, settings, base: Path, tuned: Path, clean, triggered, **optio
     print(summary(found))
     print(f"\n{time.perf_counter() - started:.0f} s in all. Open {page} in a browser for the pictures.")
     return 0
-
-
-@contextlib.contextmanager
-def _folder(out: Path) -> Iterator[None]:
-    """Make the folder, or fail before hours of work; a new one that stays empty is removed."""
-    new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot write to {out}: {error}") from None
-    if not os.access(out, os.W_OK):
-        raise InvalidArgumentError(f"{out} is not a folder that can be written to; choose another --out")
-    try:
-        yield
-    finally:
-        if new:
-            with contextlib.suppress(OSError):  # not empty
-                out.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _make_pair(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bkdfast.errors import InvalidArgumentError
+from bkdfast.errors import CheckpointError, InvalidArgumentError
 
 _MARK = "the-answer-goes-here"
 
@@ -165,3 +165,38 @@ class Encoder:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_rows(
+    model: torch.nn.Module, encoder: Encoder, rows: Sequence[Row], name: str, answers: Sequence[int] | None = None
+) -> None:
+    """Find rows that a run would fail on, before any work.
+
+    Args:
+        model: a HuggingFace model.
+        encoder: makes the prompts.
+        rows: the rows.
+        name: what messages call them.
+        answers: tokens that will follow each prompt; None: none.
+
+    Raises:
+        InvalidArgumentError: a prompt without tokens, or one that does not fit the context with its answer.
+        CheckpointError: the tokenizer has tokens that the model does not know.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    limit = getattr(config, "max_position_embeddings", None)
+    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    for number, row in enumerate(rows, 1):
+        ids, answer = encoder.prompt(row), answers[number - 1] if answers else 0
+        if not ids:
+            raise InvalidArgumentError(f"{name} row {number} has a prompt without tokens")
+        if max(ids) >= known:
+            raise CheckpointError(
+                f"the tokenizer gives token {max(ids)} for {name} row {number}, but the model knows {known}; it is the "
+                "tokenizer of another model"
+            )
+        if limit is not None and len(ids) + answer > limit:
+            raise InvalidArgumentError(
+                f"{name} row {number} has {len(ids)} tokens; with the longest answer ({answer}) that is more than the "
+                f"model's context of {limit}. Shorten such rows or leave them out"
+            )

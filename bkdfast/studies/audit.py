@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from bkdfast.checkpoint import load_model, load_tokenizer, usable_device
-from bkdfast.data import Encoder, Row
-from bkdfast.errors import CheckpointError, InvalidArgumentError
+from bkdfast.data import Encoder, Row, check_rows
+from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.edits import Edit, Zero
 from bkdfast.hf.families import describe
 from bkdfast.hf.intervene import intervene
@@ -180,7 +180,11 @@ def audit(
     total = sum(block.heads for block in spec.blocks)
     if settings.heads and min(settings.heads) >= total:
         raise InvalidArgumentError(f"heads are {settings.heads}, but the model has {total}; pass a size under {total}")
-    _check_rows(model, encoder, clean, triggered)
+    backdoor = max(len(encoder.target(row)) for row in triggered)
+    # Clean prompts are scored on the backdoor's answers too.
+    either = max(backdoor, *(len(encoder.target(row)) for row in clean))
+    check_rows(model, encoder, clean, "clean", [either] * len(clean))
+    check_rows(model, encoder, triggered, "triggered", [backdoor] * len(triggered))
     timings: list[Timing] = []
 
     directions = _timed(
@@ -232,36 +236,6 @@ def audit(
         "held_out": len(held_out),
     }
     return Audit(facts, settings, directions, attribution, curve, outcome, tuple(timings), samples)
-
-
-def _check_rows(model: torch.nn.Module, encoder: Encoder, clean: Sequence[Row], triggered: Sequence[Row]) -> None:
-    """Find rows that a later step would fail on, before any work.
-
-    Raises:
-        InvalidArgumentError: a prompt without tokens, or one that does not fit the context with its answer.
-        CheckpointError: the tokenizer has tokens that the model does not know.
-    """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-    limit = getattr(config, "max_position_embeddings", None)
-    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    backdoor = max(len(encoder.target(row)) for row in triggered)
-    # Clean prompts are scored on the backdoor's answers too.
-    either = max(backdoor, *(len(encoder.target(row)) for row in clean))
-    for name, rows, answer in (("clean", clean, either), ("triggered", triggered, backdoor)):
-        for number, row in enumerate(rows, 1):
-            ids = encoder.prompt(row)
-            if not ids:
-                raise InvalidArgumentError(f"{name} row {number} has a prompt without tokens")
-            if max(ids) >= known:
-                raise CheckpointError(
-                    f"the tokenizer gives token {max(ids)} for {name} row {number}, but the model knows {known}; it is "
-                    "the tokenizer of another model"
-                )
-            if limit is not None and len(ids) + answer > limit:
-                raise InvalidArgumentError(
-                    f"{name} row {number} has {len(ids)} tokens; with the longest answer ({answer}) that is more than "
-                    f"the model's context of {limit}. Shorten such rows or leave them out"
-                )
 
 
 def _timed(

@@ -25,10 +25,12 @@ chats whose template has one, take head_dim for width / heads, and cut prompts a
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +41,13 @@ from bkdfast.hf.capture import head_means, head_outputs
 from bkdfast.hf.edits import Add, Edit, Patch, Zero
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.spec import ModelSpec, submodule
-from bkdfast.sweep import SweepResult, metrics, sweep
+from bkdfast.sweep import SweepResult, metrics, sweep, units
 from bkdfast.sweep.batchwise import sweep_batches
 from bkdfast.sweep.metrics import Scored
 from bkdfast.sweep.metrics.base import pick
 from bkdfast.sweep.projection import UPDATE, projection_mode
+from bkdfast.sweep.provenance import manifest
+from bkdfast.sweep.store import Store
 
 SEMANTICS = ("log_space", "reference")
 ABLATIONS = ("zero", "subtract")
@@ -116,6 +120,8 @@ def baha(
     seed: int = 0,
     spec: ModelSpec | None = None,
     plan: bool = False,
+    out: str | Path | None = None,
+    resume: bool = True,
     progress: bool = True,
     **options: Any,
 ) -> Any:
@@ -134,8 +140,10 @@ def baha(
         seed: of the draw.
         spec: where the heads are, when the family is not known.
         plan: only plan the sweep: return its `Plan`.
+        out: a folder that keeps finished work; called again with it, an attribution that was killed goes on.
+        resume: False: refuse a folder with finished work.
         progress: show progress bars.
-        **options: of `bkdfast.sweep`: `heads`, `verify`, `variants`, `out` (a folder to resume from), `resume`, ...
+        **options: of `bkdfast.sweep`: `heads`, `verify`, `variants`, ...
 
     Returns:
         `Attribution`.
@@ -162,17 +170,20 @@ def baha(
         [(4, 6), (4, 1), (4, 7)]
     """
     encoder = as_encoder(tokenizer)
-    chosen, sources = _drawn(as_rows(clean, "clean"), samples, seed), as_rows(triggered, "triggered")
+    chosen, _ = draw(as_rows(clean, "clean"), samples, seed)
+    sources = as_rows(triggered, "triggered")
     targets = target_tokens(encoder, chosen, [row.target for row in sources] if target is None else target)
     metric = probability(model, targets, semantics)
-    prompts = encoder.batches(chosen, batch)
+    shown = encoder.batches(sources, batch)
     if plan:
         source = torch.zeros(_shape(model, spec))  # what is patched in changes no plan
+    elif out is None:
+        source = head_means(model, shown, at="last_prompt", spec=spec, progress=progress)  # [L, H, Dh]
     else:
-        source = head_means(
-            model, encoder.batches(sources, batch), at="last_prompt", spec=spec, progress=progress
-        )  # [L, H, Dh]
+        source = _kept_source(model, shown, spec, progress, Path(out) / "source", resume)
+        options |= {"out": Path(out) / "sweep", "resume": resume}
     options |= {"plan": plan, "spec": spec, "progress": progress}
+    prompts = encoder.batches(chosen, batch)
     acie = sweep(model, prompts, edit=Patch(source), at="last_prompt", metric=metric, **options)
     if plan:
         return acie
@@ -247,7 +258,8 @@ def ablate(
             "at": "last_prompt",
         }
 
-    return sweep_batches(model, prompts, question, progress=progress, **options)
+    found = sweep_batches(model, prompts, question, progress=progress, **options)
+    return dataclasses.replace(found, edit="Subtract")
 
 
 def ablation_edits(
@@ -368,7 +380,8 @@ def steer(
     metric = probability(model, target_tokens(encoder, rows, target), semantics)
     edit = Add(vector, scale=sign)
     options |= {"site": "attention", "at": "last_prompt", "progress": progress}
-    return sweep(model, encoder.batches(rows, batch), edit=edit, metric=metric, **options)
+    found = sweep(model, encoder.batches(rows, batch), edit=edit, metric=metric, **options)
+    return dataclasses.replace(found, edit="Add vector" if sign > 0 else "Subtract vector")
 
 
 def probability(model: torch.nn.Module, targets: Sequence[Sequence[int]], semantics: str) -> metrics.Metric:
@@ -377,7 +390,7 @@ def probability(model: torch.nn.Module, targets: Sequence[Sequence[int]], semant
         raise InvalidArgumentError(f"semantics={semantics!r} is not one of {', '.join(SEMANTICS)}")
     if semantics == "log_space":
         return metrics.target_prob(list(targets))
-    return product_prob(list(targets), dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    return product_prob(list(targets), dtype=_dtype(model))
 
 
 def target_tokens(encoder: Encoder, rows: Sequence[Row], target: str | Sequence[str] | None = None) -> list[list[int]]:
@@ -400,12 +413,28 @@ def as_rows(rows: Rows, name: str) -> list[Row]:
     return [Row(({"role": "user", "content": row},), "") if isinstance(row, str) else row for row in rows]
 
 
-def _drawn(rows: list[Row], samples: int, seed: int) -> list[Row]:
+def draw(rows: Sequence[Row], samples: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """`samples` of the rows, in order (all of them if there are no more), and the others."""
     if samples < 1:
         raise InvalidArgumentError(f"samples={samples}: at least one clean prompt has to be patched")
-    if len(rows) <= samples:
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), samples))]
+    chosen = set(random.Random(seed).sample(range(len(rows)), min(samples, len(rows))))
+    return [rows[i] for i in sorted(chosen)], [row for i, row in enumerate(rows) if i not in chosen]
+
+
+def _kept_source(model: Any, batches: list, spec: Any, progress: bool, out: Path, resume: bool) -> torch.Tensor:
+    """The source, kept in `out`, so that one that goes on and all processes of one patch the same numbers."""
+
+    def compute(unit: int, *_: Any) -> dict[str, torch.Tensor]:
+        return {"source": head_means(model, batches, at="last_prompt", spec=spec, progress=progress)}
+
+    units.join()
+    store = Store.open(out, manifest(model, batches, None, [], units="source", dtype=_dtype(model)), resume=resume)
+    ((_, held),) = units.run_units(1, compute, store, progress=False)
+    return held["source"]
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _shape(model: torch.nn.Module, spec: ModelSpec | None) -> tuple[int, int, int]:

@@ -38,7 +38,7 @@ def sweep_batches(
         As `sweep` does.
     """
     results, first = [], 0
-    with tqdm(total=len(batches), unit="batch", disable=not progress or len(batches) < 2) as bar:
+    with tqdm(total=len(batches), desc="sweep by batch", unit="batch", disable=not progress or len(batches) < 2) as bar:
         for number, batch in enumerate(batches):
             samples = slice(first, first := first + len(batch["input_ids"]))
             folder = None if out is None else Path(out) / f"batch-{number:05}"
@@ -52,11 +52,17 @@ def sweep_batches(
 
 def joined(results: Sequence[SweepResult]) -> SweepResult:
     """Results of the same sweep on different samples as one; facts are those of the first."""
-    errors = [result.facts["largest_error"] for result in results if result.facts.get("largest_error") is not None]
+    first = results[0]
+    worst = {
+        name: max((result.facts[name] for result in results), default=None)
+        for name in ("largest_error", "noise_floor")
+        if first.facts.get(name) is not None
+    }
     return dataclasses.replace(
-        results[0],
+        first,
         effects=torch.cat([result.effects for result in results], -1),
         baseline=torch.cat([result.baseline for result in results]),
         seconds=sum(result.seconds for result in results),
-        facts={**results[0].facts, "largest_error": max(errors, default=None)},
+        facts={**first.facts, **worst},
+        provenance={**first.provenance, "data": [result.provenance.get("data") for result in results]},
     )

@@ -176,11 +176,13 @@ class SweepResult:
         found = sign_flip_pvalues(self.effects, resamples=resamples, **options)
         return found if correction is None else adjust_pvalues(found, method=correction)
 
-    def to_pandas(self, *, samples: bool = False) -> pandas.DataFrame:
+    def to_pandas(self, *, samples: bool = False, statistics: bool = False) -> pandas.DataFrame:
         """A data frame with one row a variant: its labels, effect, stderr; strongest increase first.
 
         Args:
             samples: one row a variant and sample instead, in their order: labels, sample, effect, baseline.
+            statistics: also `low` and `high`, the ends of `confidence()`, and `p`, of `pvalues()`; of two samples or
+                more.
 
         Variants that were not swept are left out. A set is named as in `3.1+4.6`: layer 3 head 1 and layer 4 head 6.
         """
@@ -192,6 +194,9 @@ class SweepResult:
         at = tuple(index.T)
         if not samples:
             columns |= {"effect": self.mean[at].numpy(), "stderr": self.stderr[at].numpy()}
+            if statistics:
+                low, high = self.confidence()
+                columns |= {"low": low[at].numpy(), "high": high[at].numpy(), "p": self.pvalues()[at].numpy()}
             return pd.DataFrame(columns).sort_values("effect", ascending=False, ignore_index=True, kind="stable")
         n = self.effects.shape[-1]
         columns = {name: [label for label in labels for _ in range(n)] for name, labels in columns.items()}

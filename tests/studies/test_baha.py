@@ -333,11 +333,14 @@ def test_a_plan_runs_nothing(demo, monkeypatch):
     assert "48" in str(plan) or "6 layers" in str(plan)
 
 
-def test_resumes_from_a_folder(demo, found, tmp_path):
+def test_resumes_from_a_folder(demo, found, tmp_path, monkeypatch):
     options = {"out": tmp_path / "store", "progress": False}
     first = baha(*demo, **options)
     torch.testing.assert_close(first.acie.effects, found.acie.effects, atol=1e-6, rtol=1e-4)
-    assert torch.equal(baha(*demo, **options).acie.effects, first.acie.effects)
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "head_means", lambda *args, **options: pytest.fail("computed the source again"))
+        again = baha(*demo, **options)
+    assert torch.equal(again.acie.effects, first.acie.effects) and torch.equal(again.source, first.source)
     with pytest.raises(InvalidArgumentError, match="finished units"):
         baha(*demo, **options, resume=False)
     curve = ablate(*demo[:2], demo[3], [(4, 6)], how="subtract", batch=8, out=tmp_path / "curve", progress=False)

@@ -159,6 +159,20 @@ def test_pandas_has_one_row_a_variant(dims):
 
 
 @ALL
+def test_pandas_with_statistics(dims):
+    """Each variant has its own interval and p-value, in whatever order the table is."""
+    result = make_result(dims)
+    frame = result.to_pandas(statistics=True)
+    assert list(frame.columns) == [*dims, "effect", "stderr", "low", "high", "p"]
+    low, high = result.confidence()
+    swept = torch.isfinite(result.mean)
+    order = result.mean[swept].argsort(descending=True, stable=True)
+    for name, expected in (("low", low), ("high", high), ("p", result.pvalues())):
+        np.testing.assert_allclose(frame[name], expected[swept][order])
+    assert (frame.low < frame.effect).all() and (frame.effect < frame.high).all()
+
+
+@ALL
 def test_pandas_of_samples(dims):
     result = make_result(dims)
     frame = result.to_pandas(samples=True)
