@@ -21,7 +21,8 @@ READY  := $(VENV)/.bkdfast-ready
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 # The files that run the C++ kernels, again for each instruction set that the CPU can be told to do without.
-KERNELS := tests/ops/test_patch_heads.py tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py
+KERNELS := tests/ops/test_patch_heads.py tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py \
+           tests/ops/test_prefix_attention.py
 
 .PHONY: demo test slow check bench bench-sweep bench-peers readme setup clean help
 .DEFAULT_GOAL := help

@@ -39,6 +39,7 @@ def case(
 ) -> Case:
     """V variants of B rows: S tokens after P, H query heads on Hkv key-value heads."""
     torch.manual_seed(0)
+    torch.compiler.reset()  # each size is a graph of its own, and there may be eight of one function
 
     def draw(*size):
         return torch.randn(*size, width, device=device).to(dtype)

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from bkdfast.errors import BackendError, InvalidArgumentError, InvalidTypeError
 from bkdfast.ops.prefix_attention import OP, prefix_attention
-from tests.kernels.attention_cases import ATTENTION_LAYOUTS, ATTENTIONS, attention, check_attention, check_poisoned
+from tests.kernels.attention_cases import (
+    ATTENTION_LAYOUTS,
+    ATTENTIONS,
+    POISONED,
+    attention,
+    check_attention,
+    check_poisoned,
+)
 from tests.kernels.cases import BF16, FP16, FP32, FP64, INF, NAN
 
 BACKENDS = ["cpp", "reference"]
@@ -35,6 +42,21 @@ def call(arguments, **changes):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_case(name, dtype, serve):
     check_attention(serve, attention(*ATTENTIONS[name], dtype=dtype), "cpu")
+
+
+LONG = [  # more keys than the C++ kernel weighs at a time, ending in the prefix, with it, in the suffix; more rows
+    (2, 2, 2, 1, 3, 1100, 16, "padded", 0.0, True),
+    (2, 1, 2, 2, 40, 512, 16, "causal", 0.0, False),
+    (1, 2, 1, 1, 70, 500, 16, "random", 0.0, False),
+    (1, 1, 1, 1, 600, 10, 16, "causal", 0.0, True),
+    (1, 2, 1, 1, 590, 30, 16, "window", 0.0, False),
+    (70, 1, 3, 1, 5, 90, 40, "window", 0.0, False),
+]
+
+
+@pytest.mark.parametrize("size", LONG, ids=str)
+def test_many_keys_and_rows(size, serve):
+    check_attention(serve, attention(*size), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -75,7 +97,7 @@ def test_offsets_beyond_32_bits(serve):
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_seen_does_not_reach(value, serve):
-    check_poisoned(serve, "cpu", value)
+    check_poisoned(serve, "cpu", value, POISONED if value is NAN else POISONED[:1])
 
 
 def test_a_query_that_sees_nothing_gives_zero(serve):
