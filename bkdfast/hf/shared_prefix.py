@@ -194,7 +194,9 @@ def _attention(
             f"{type(module).__name__} calls attention with a mask or a position bias that a shared prefix does not "
             "know; pass share_prefix=False"
         )
-    keys, values = cache.prefix(module.layer_idx)
+    keys, values = (
+        cache.prefix(module.layer_idx) if cache.length else (key[: cache.rows, :, :0], value[: cache.rows, :, :0])
+    )
     cache.served += 1
     found = prefix_attention(
         query,

@@ -81,11 +81,8 @@ class BaseRun:
         if self.cache is not None:
             self.cache.keep = False
             self.cache.clean(layout.inputs["attention_mask"] != 0)
-            if self.start and self.join == KERNEL and self.cache.served != spec.layers:
-                raise ModelStateError(
-                    f"{spec.family} called the attention interface {self.cache.served} times in {spec.layers} layers; "
-                    "its prefix cannot be shared: pass share_prefix=False"
-                )
+            if self.start:
+                self._check_served(spec.layers)
 
     def _run_prefix(self) -> None:
         """Fill the cache with columns [0, P); in the last layer only its keys and values, unless a metric looks."""
@@ -99,6 +96,14 @@ class BaseRun:
                 call(self.model, self._inputs(1, 0, self.start))
             self.cache.stop_at = None
         self.cache.length, self.cache.served = self.start, 0
+
+    def _check_served(self, *layers: int) -> None:
+        """Raise if attention that ran over a prefix was not ours in so many layers."""
+        if self.cache is not None and self.join == KERNEL and self.cache.served not in layers:
+            raise ModelStateError(
+                f"{self.state.spec.family} called the attention interface {self.cache.served} times in {layers[0]} "
+                "layers; its prefix cannot be shared: pass share_prefix=False"
+            )
 
     def _attending(self, start: int) -> contextlib.AbstractContextManager:
         """Columns from `start` on run inside this context; the first ones with the model's own attention.
@@ -223,7 +228,7 @@ class BaseRun:
         """`[V, M, B]` float64: the metrics of variants that begin at one layer, run from column `start` on."""
         copies, layer = len(variants), variants[0].layer
         if self.cache is not None:
-            self.cache.length = start
+            self.cache.length, self.cache.served = start, 0
         tables = self._tables(variants)
         values = [base.repeat(copies) for base in self.values]
         try:
@@ -233,6 +238,9 @@ class BaseRun:
                         self._evaluate(m, values[m], chunk)
         finally:
             self.state.write(Tables({}))
+        if start and len(self.layout.cells(start)):
+            after = self.state.spec.layers - layer - 1
+            self._check_served(after, after + 1)  # in the edited block too, where it runs whole
         found = [
             metric.reduce(value.view(-1, scored.weight.shape[1]), scored.weight.repeat(copies, 1)).double()
             for metric, value, scored in zip(self.metrics, values, self.layout.scored, strict=True)

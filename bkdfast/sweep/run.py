@@ -119,7 +119,9 @@ class Sweep:
         moved = anchors if known and takes(self.model, "position_ids") else None
         layout = lay_out(scored, last, moved, trim=causal)
         start = layout.column(anchors) if anchors is not None else 0
-        shared = anchors is not None and (start >= planning.WORTH * layout.width or bool(self.share and start))
+        before = [layout.column(row) for row in starts] if anchors is not None else [0]  # columns, of each position
+        worth = sum(before) >= planning.WORTH * layout.width * len(before)
+        shared = anchors is not None and (worth or bool(self.share and max(before)))
         if shared and any(metric.whole_rows for metric in self.metrics):
             shared = all(int(read.min()) >= start for read in layout.reads)
         if not shared and anchors is not None and max(map(min, starts)) == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 
@@ -75,3 +77,29 @@ def test_positions_as_tensors():
         assert torch.equal(found.effects, want.effects) and found.coords["position"] == want.coords["position"]
     found = sweep(model, zoo.batch(), metric, at=np.int64(3), positions=None)
     torch.testing.assert_close(found.effects, want.effects[:, :, 0])
+
+
+def test_an_axis_from_the_first_token_on_shares_prefixes():
+    """A map of layers and positions begins at token 0, but most of its variants do not."""
+    batch, metric = zoo.batch(tokens=30), bf.metrics.target_logprob(TARGETS)
+    options = dict(site="residual", positions=range(25), variants=4)
+    for family in ("llama", "mistral", "falcon"):
+        model = zoo.build(family)
+        result = sweep(model, batch, metric, **options)
+        assert result.facts["shared_prefix"] and result.effects.abs().max() > 0.1
+        plan = bf.sweep(model, batch, edit=bf.Zero(), metric=metric, plan=True, **options)
+        assert plan.suffix[0] < 0.7 * plan.suffix[1]
+    alone = sweep(model, batch, metric, site="residual", positions=[0, 1])
+    assert not alone.facts["shared_prefix"]
+
+
+def test_an_axis_from_the_first_token_on_in_units(tmp_path, monkeypatch):
+    """A unit with the axis' first positions only has no prefix to keep; in float64 attention is ours even so."""
+    monkeypatch.setattr(sys.modules["bkdfast.sweep.plan"], "AMORTISED", 0.01)
+    model, batch = zoo.build("llama", dtype=torch.float64), zoo.batch(tokens=30, padding="left")
+    options = dict(site="residual", positions=[0, 24, 26], variants=1)
+    metric = bf.metrics.target_logprob(TARGETS)
+    whole = sweep(model, batch, metric, share_prefix=False, **options)
+    split = sweep(model, batch, metric, out=tmp_path, **options)
+    assert split.facts["shared_prefix"]
+    torch.testing.assert_close(split.effects, whole.effects)
