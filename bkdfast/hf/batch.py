@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.families import unwrap
 from bkdfast.hf.positions import prompt_ends, refuse_unmasked_padding
-from bkdfast.hf.spec import ModelSpec
+from bkdfast.hf.spec import ModelSpec, device_of
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -63,7 +63,7 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
         InvalidArgumentError: the batch is longer than the model's context, or has padding but no attention mask.
     """
     model = unwrap(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     config = getattr(model, "config", None)
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if config else None

@@ -20,7 +20,7 @@ from bkdfast.hf.edits import HEADS, NEURONS
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.lowering import Key, Tables, site_shape
 from bkdfast.hf.positions import Positions, refuse_generate_without_cache
-from bkdfast.hf.spec import ModelSpec, submodule
+from bkdfast.hf.spec import ModelSpec, device_of, submodule
 from bkdfast.ops.edit_table import COLUMNS, EditTable
 from bkdfast.ops.patch_heads import patch_heads
 
@@ -313,10 +313,10 @@ def _refuse_checkpointing(model: torch.nn.Module) -> None:
 
 
 def _place(model: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Activation dtype and device of a model: those of its first floating-point parameter."""
+    """Activation dtype of a model, that of its first floating-point parameter, and where it takes its inputs."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            return parameter.dtype, parameter.device
+            return parameter.dtype, device_of(model)
     raise InvalidArgumentError(f"{type(model).__name__} has no floating-point parameters")
 
 

@@ -105,6 +105,13 @@ class ModelSpec:
         if not self.blocks:
             raise InvalidArgumentError(f"the spec of family {self.family!r} has no blocks; give at least one BlockSpec")
         submodule(model, self.entry)
+        for what in ("block", "out_proj", "down_proj"):
+            paths = [path for block in self.blocks if (path := getattr(block, what)) is not None]
+            if len({id(submodule(model, path)) for path in paths}) < len(paths):
+                raise InvalidArgumentError(
+                    f"layers share one {what} module: an edit of one layer would be made in all of them; give each "
+                    "layer a module of its own (copy.deepcopy)"
+                )
         if self.final_norm is not None:
             submodule(model, self.final_norm)
         for layer, block in enumerate(self.blocks):
@@ -130,6 +137,17 @@ def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
                 ) from None
             found = children[step]
         raise
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model takes its inputs: with weights offloaded by accelerate, where they are brought when needed."""
+    device = next(model.parameters()).device
+    for module in model.modules() if device.type == "meta" else ():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            if (place := getattr(part, "execution_device", None)) is not None:
+                return torch.device(place)
+    return device
 
 
 def in_features(projection: torch.nn.Module) -> int | None:

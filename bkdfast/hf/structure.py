@@ -14,7 +14,7 @@ import torch
 from bkdfast.errors import UnsupportedModelError
 from bkdfast.hf.batch import takes
 from bkdfast.hf.families import HOW_TO_ADD, Family, base_path, block_spec, embeddings
-from bkdfast.hf.spec import ModelSpec, in_features, submodule
+from bkdfast.hf.spec import ModelSpec, device_of, in_features, submodule
 
 _OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo", "proj", "linear_out")
 _DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "lin2", "w2", "fc_out", "wo", "proj", "dense")
@@ -93,7 +93,7 @@ def _probe(model: torch.nn.Module, inner: Any, spec: ModelSpec) -> ModelSpec:
             f"{spec.family}: the structure was guessed, but the probe run says: {what}; {HOW_TO_ADD}"
         )
 
-    device = next(inner.parameters()).device
+    device = device_of(inner)
     if device.type == "meta":
         refuse("there are no weights (meta device) to run it with")
     tokens = torch.arange(10, device=device).reshape(2, 5) % inner.config.get_text_config().vocab_size

@@ -63,6 +63,9 @@ class Sweep:
         self.model, self.state, self.grid, self.metrics = model, state, grid, metrics
         self.notes: list[str] = []
         self.join = joining(model, state.spec) if share in (None, True) else None
+        if share is None and self.join is not None and torch.is_autocast_enabled(state.device.type):
+            self.join = None
+            self._note("autocast is on: keys and queries differ in dtype, so no prefix is shared")
         if share is None and self.join is not None and has_hooks(model):
             self.join = None
             self._note(

@@ -27,7 +27,7 @@ from bkdfast.sweep.ranks import NOT_HERE, Correlation, Head, most_in_population,
 from bkdfast.sweep.result import SweepResult
 from bkdfast.sweep.screen import Screening, screen
 from bkdfast.sweep.store import Store
-from bkdfast.sweep.units import run_units
+from bkdfast.sweep.units import join, run_units
 
 
 @dataclass(frozen=True)
@@ -270,5 +270,6 @@ def _kept(out: Path, identity: dict[str, Any], resume: bool, run: Callable[[], S
         text = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
         return {"estimate": made.estimate, "baseline": made.baseline, "told": text}
 
+    join()  # before the store's lock, which the processes of one sweep share
     ((_, held),) = run_units(1, compute, Store.open(out, identity, resume=resume), progress=False)
     return Screening(held["estimate"], held["baseline"], **json.loads(bytes(held["told"].tolist())))

@@ -413,7 +413,7 @@ void attend_block(const Attention<T>& job, int64_t batch, int64_t head, int64_t 
   while (at[0] < reach.end[0] || at[1] < reach.end[1]) {
     to[0] = larger(at[0], smaller(reach.end[0], at[0] + kKeys));
     const int64_t columns = up(to[0] - at[0], V::kWidth), room = (kKeys - columns) / kPanel * kPanel;
-    to[1] = to[0] < reach.end[0] ? at[1] : larger(at[1], smaller(reach.end[1], at[1] + room));
+    to[1] = larger(at[1], smaller(reach.end[1], at[1] + room));  // no room as long as the prefix goes on
     logits(count, scratch.q, pitch, scratch.keys[0], at[0], to[0], job.past, width, scratch.weights, kWeightsPitch);
     for (int64_t row = begin; row < begin + count;) {
       const int64_t variant = row / of_variant, end = smaller(begin + count, (variant + 1) * of_variant);

@@ -27,6 +27,7 @@ ATTENTIONS: dict[str, tuple] = {
     "nothing seen": (2, 2, 2, 1, 3, 5, 8, "nothing", 0.0, False),
     "nothing but the sink": (2, 2, 2, 1, 3, 5, 8, "nothing", 0.0, True),
     "softcap": (3, 2, 4, 2, 5, 19, 16, "causal", 2.0, False),
+    "softcap of 50": (3, 2, 4, 2, 5, 19, 16, "causal", 50.0, False),
     "sinks": (3, 2, 4, 2, 5, 19, 16, "padded", 0.0, True),
     "softcap and sinks": (5, 3, 4, 2, 8, 21, 24, "window", 3.0, True),
     "no variants": (0, 2, 2, 1, 3, 5, 8, "causal", 0.0, False),

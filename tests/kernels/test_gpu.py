@@ -316,8 +316,10 @@ def test_attention_beyond_2_to_the_31_cells(attend):
         far = memory.as_strided(tensors[moved].shape, (1_290_000_000, 16, 8, 1))
         tensors[moved] = far.copy_(tensors[moved])
         assert torch.equal(attend(*tensors, prefix_k, *rest), want)
+    prefix_v, *rest = rest
     far = memory.as_strided(prefix_k.shape, (8, 8, 1_290_000_000, 1))
-    assert torch.equal(attend(q, k, v, far.copy_(prefix_k), *rest), want)
+    assert torch.equal(attend(q, k, v, far.copy_(prefix_k), prefix_v, *rest), want)
+    assert torch.equal(attend(q, k, v, prefix_k, far.copy_(prefix_v), *rest), want)
 
 
 def test_a_graph_sees_other_keys(attend):

@@ -318,8 +318,10 @@ class TestPrefixAttention:
             far = memory.as_strided(tensors[moved].shape, (1_290_000_000, 16, 8, 1))
             tensors[moved] = far.copy_(tensors[moved])
             assert torch.equal(prefix_attention.launch(*tensors, prefix_k, *rest), want)
+        prefix_v, *rest = rest
         far = memory.as_strided(prefix_k.shape, (8, 8, 1_290_000_000, 1))
-        assert torch.equal(prefix_attention.launch(q, k, v, far.copy_(prefix_k), *rest), want)
+        assert torch.equal(prefix_attention.launch(q, k, v, far.copy_(prefix_k), prefix_v, *rest), want)
+        assert torch.equal(prefix_attention.launch(q, k, v, prefix_k, far.copy_(prefix_v), *rest), want)
 
     def test_refuses_what_it_cannot_address(self):
         q, *rest = attention(*ATTENTIONS["one token"])

@@ -91,8 +91,10 @@ def test_offsets_beyond_32_bits(serve):
         far = memory.as_strided(tensors[moved].shape, (1_290_000_000, 16, 8, 1))
         tensors[moved] = far.copy_(tensors[moved])
         assert torch.equal(serve(*tensors, prefix_k, *rest), want)
+    prefix_v, *rest = rest
     far = memory.as_strided(prefix_k.shape, (8, 8, 1_290_000_000, 1))
-    assert torch.equal(serve(q, k, v, far.copy_(prefix_k), *rest), want)
+    assert torch.equal(serve(q, k, v, far.copy_(prefix_k), prefix_v, *rest), want)
+    assert torch.equal(serve(q, k, v, prefix_k, far.copy_(prefix_v), *rest), want)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

@@ -89,11 +89,22 @@ class Brute:
         self.modules = {HEADS: attention, ATTENTION: attention, MLP: mlp, RESIDUAL: ""}
         self.prompts = prompts_of(batches)
         self.call = call or (lambda ids: model(input_ids=ids).logits[0])
+        self._runs: tuple[object, dict] = (None, {})
 
     def logits(self, tokens: list[int], changes: Sequence[Change], prompt: int, sample: int) -> torch.Tensor:
         """`[T, vocab]` of one sample with the changes."""
         with torch.no_grad(), self._changed(changes, prompt, len(tokens), sample):
             return self.call(torch.tensor([tokens]))
+
+    def _run(self, variants, v: int | None, tokens: list[int], sample: int) -> torch.Tensor:
+        """Logits of a variant (None: unedited), kept for other metrics of the same variants."""
+        if self._runs[0] is not variants:
+            self._runs = (variants, {})
+        key = (v, tuple(tokens), sample)
+        if key not in self._runs[1]:
+            changes = [] if v is None else variants[v]
+            self._runs[1][key] = self.logits(tokens, changes, len(self.prompts[sample]), sample)
+        return self._runs[1][key]
 
     def scores(self, variants: Sequence[Sequence[Change]], measure: Measure) -> tuple[torch.Tensor, torch.Tensor]:
         """The metric of every variant and sample `[V, N]`, and without changes `[N]`; float64."""
@@ -101,11 +112,10 @@ class Brute:
         base = torch.full((len(self.prompts),), torch.nan, dtype=torch.float64)
         for n, ids in enumerate(self.prompts):
             tokens = ids + list(measure.targets[n] if measure.targets else [])
-            plain = self.logits(tokens, [], len(ids), n)
+            plain = self._run(variants, None, tokens, n)
             base[n] = measure.score(plain, plain, tokens, len(ids), n)
-            for v, changes in enumerate(variants):
-                edited = self.logits(tokens, changes, len(ids), n)
-                scores[v, n] = measure.score(edited, plain, tokens, len(ids), n)
+            for v in range(len(variants)):
+                scores[v, n] = measure.score(self._run(variants, v, tokens, n), plain, tokens, len(ids), n)
         return scores, base
 
     def effects(self, variants: Sequence[Sequence[Change]], measure: Measure) -> torch.Tensor:

@@ -20,11 +20,12 @@ L, D = zoo.LAYERS, 48
 
 
 def covering() -> list[tuple[str, str, str, str, str]]:
-    """Every family meets every site at every place; kinds and padding alternate."""
+    """Every family meets every site at half of the places; kinds and padding alternate."""
     found = []
     for number, family in enumerate(zoo.DECODERS):
         for i, (site, grid) in enumerate(itertools.product(SITES, GRIDS)):
-            found.append((family, site, KINDS[(number + i) % len(KINDS)], grid, ("left", "right")[(number + i) % 2]))
+            if (number + i) % 2 == 0 or family in ("llama", "gpt2"):
+                found.append((family, site, KINDS[(number + i) % len(KINDS)], grid, ("left", "right")[i // 4 % 2]))
     return found
 
 
@@ -90,7 +91,7 @@ def test_means_at_each_position(padding):
     for data in (batches, batches[::-1]):
         oracle = Brute(model, "llama", data)
         for site in (HEADS, *SITES):
-            alone = [oracle.values(site, n) for n in range(5)]
+            alone = [oracle.values(site, n) for n in range(kinds.SAMPLES)]
             want = [torch.stack([v[t] for v in alone if len(v) > t]).mean(0) for t in range(kinds.TOKENS)]
             if site == HEADS:
                 found = bf.head_means(model, data, at="each")
@@ -106,7 +107,7 @@ def test_means_at_each_position(padding):
 def test_outputs_of_several_batches_at_each_position():
     model, batches = kinds.model("llama"), kinds.data("left")
     found = bf.site_outputs(model, batches, site="mlp", at="each")
-    assert found.shape == (5, kinds.TOKENS, L, D)
+    assert found.shape == (kinds.SAMPLES, kinds.TOKENS, L, D)
     alone = bf.site_outputs(model, batches[1], site="mlp", at="each")
     assert torch.equal(found[3:, :6], alone) and not found[3:, 6:].any()
 

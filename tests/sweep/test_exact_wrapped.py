@@ -17,16 +17,14 @@ from tests.sweep.brute import ATTENTION, HEADS, MLP, RESIDUAL
 
 CASES = (
     ("patch", "last", "left", HEADS),
-    ("zero", "all", "right", HEADS),
+    ("zero", "sets all", "right", HEADS),
     ("add", "each", "right", HEADS),
-    ("zero", "sets", "left", HEADS),
     ("zero", "last", "right", ATTENTION),
-    ("patch", "each", "left", ATTENTION),
-    ("zero", "last", "left", MLP),
-    ("patch", "each", "right", MLP),
-    ("patch", "last", "left", RESIDUAL),
+    ("patch", "each", "left", MLP),
+    ("patch", "last", "left", MLP),
     ("zero", "each", "right", RESIDUAL),
 )
+LATE = tuple(case for case in CASES if case[1] == "last")
 
 
 def exact(model, paths, cases=CASES, *, head_dim=16, width=48, call=None, **options):
@@ -67,8 +65,7 @@ def test_lora(family, modules, paths):
     model = lora(family, modules)
     assert mode(model) == (UPDATE if modules == ["v_proj"] else CALL)
     paths = ("base_model.model." + paths[0], *paths[1:])
-    cases = [case for case in CASES if family == "llama" or case[1] != "sets"]
-    exact(model, paths, cases, head_dim=kinds.head_dim(family))
+    exact(model, paths, head_dim=kinds.head_dim(family))
     # The adapter matters, or the test of it would say nothing.
     with torch.no_grad():
         batch = zoo.batch(padding=None)
@@ -177,16 +174,21 @@ def test_hooks_of_the_user(name):
     else:
         module.register_forward_pre_hook(hook, with_kwargs="kwargs" in when)
     assert mode(model) == (RUN if path.endswith("o_proj") else UPDATE)
-    exact(model, "llama")
+    with pytest.warns(UserWarning, match="hooks of yours are on the model and get whole rows: no prefix is shared"):
+        exact(model, "llama")
+    exact(model, "llama", [*LATE, ("patch", "last", "left", RESIDUAL)], share_prefix=True)
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 1
 
 
-def test_a_hook_that_only_looks_sees_every_token_of_the_base_run():
+@pytest.mark.filterwarnings("ignore:hooks of yours")
+@pytest.mark.parametrize(("share", "shapes"), [(None, [(3, 12), (3, 12)]), (True, [(3, 10), (3, 2), (3, 2)])])
+def test_what_hooks_of_the_user_see(share, shapes):
+    """Whole rows of the base run and of the variant; or, where asked for, the prefix, and the rest of both."""
     model, seen = zoo.build("llama"), []
-    model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
-    options = dict(metric=bf.metrics.target_logprob([5, 6]), progress=False)
-    bf.sweep(model, zoo.batch(), edit=bf.Zero(), at="last_prompt", heads=[(1, 0)], **options)
-    assert [tuple(shape) for shape in seen] == [(3, 10), (3, 2), (3, 2)], "prefix, rest of the base run, the variant"
+    model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape[:2])))
+    options = dict(metric=bf.metrics.target_logprob([5, 6]), share_prefix=share, progress=False)
+    bf.sweep(model, zoo.batch(), edit=bf.Zero(), at="last_prompt", heads=[(0, 0)], **options)
+    assert seen == shapes
 
 
 # Offloaded weights.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 import bkdfast as bf
+from bkdfast.errors import InvalidArgumentError
 from tests.hf import zoo
 
 TARGETS = [[5, 6, 7], [8, 9], [9, 10, 11, 12]]
@@ -103,3 +105,24 @@ def test_an_axis_from_the_first_token_on_in_units(tmp_path, monkeypatch):
     split = sweep(model, batch, metric, out=tmp_path, **options)
     assert split.facts["shared_prefix"]
     torch.testing.assert_close(split.effects, whole.effects)
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.down_proj", ""])
+def test_layers_that_share_a_module_are_refused(part):
+    model = zoo.build("llama")
+    if part:
+        parent, _, name = part.rpartition(".")
+        setattr(model.model.layers[2].get_submodule(parent), name, model.model.layers[0].get_submodule(part))
+    else:
+        model.model.layers[2] = model.model.layers[0]
+    with pytest.raises(InvalidArgumentError, match="layers share one .* module"):
+        bf.sweep(model, zoo.batch(), edit=bf.Zero(), metric=bf.metrics.target_prob([5]), progress=False)
+
+
+def test_autocast_shares_no_prefix():
+    model = zoo.build("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        options = dict(edit=bf.Zero(), at="last_prompt", metric=bf.metrics.target_logprob([5, 6]), progress=False)
+        with pytest.warns(UserWarning, match="autocast is on"):
+            found = bf.sweep(model, zoo.batch(), verify=4, **options)
+    assert not found.facts["shared_prefix"]
