@@ -93,7 +93,7 @@ def run_units(
         bar = stack.enter_context(
             _Bar(
                 total=sum(costs),
-                initial=sum(costs[unit] for unit in done),
+                initial=min(sum(costs[unit] for unit in done), sum(costs)),
                 desc=description,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
                 disable=not progress or rank > 0,
@@ -101,13 +101,13 @@ def run_units(
         )
         told = dict.fromkeys(range(total), 0.0)
 
-        def computed(unit: int) -> Tensors:
-            def advance(work: float) -> None:
-                work = min(work, costs[unit] - told[unit])
-                told[unit] += work
-                bar.update(work)
+        def advance(unit: int, work: float) -> None:
+            work = min(work, costs[unit] - told[unit])
+            told[unit] += work
+            bar.update(min(work, bar.total - bar.n))  # sums in another order: a bar beyond its end warns
 
-            return compute(unit, advance)
+        def computed(unit: int) -> Tensors:
+            return compute(unit, lambda work: advance(unit, work))
 
         if store is None or world == 1:
             units = _alone(total, computed, store, done)
@@ -120,7 +120,7 @@ def run_units(
             if unit not in done:
                 finished += 1
                 bar.set_postfix_str(f"{finished}/{total} units", refresh=False)
-                bar.update(costs[unit] - told[unit])
+                advance(unit, costs[unit])
             yield unit, tensors
 
 

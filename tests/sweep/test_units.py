@@ -1,6 +1,7 @@
 """Many processes compute each unit once, lose no more than a killed one holds, and all get what one process gets."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -291,6 +292,26 @@ def test_the_bar_counts_what_was_there_as_done(tmp_path, capsys):
     shown = "".join(bars) + capsys.readouterr().err
     assert "heads:  70%" in shown and "1/3 units" in shown
     assert "heads: 100%" in shown and "3/3 units" in shown
+
+
+def test_the_bar_never_runs_beyond_its_end(tmp_path, capsys):
+    """Costs are added up in another order than they are summed."""
+
+    def stepwise(unit, advance):
+        for _ in range(3):
+            advance(costs[unit] / 3)
+        return compute(unit)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):
+            draw = random.Random(seed)
+            costs = [1e9 * draw.random() for _ in range(30)]
+            list(run_units(30, stepwise, costs=costs))
+        store = Store.open(tmp_path, MANIFEST)
+        for _ in range(2):
+            list(run_units(30, stepwise, store, costs=costs))
+    assert "100%" in capsys.readouterr().err
 
 
 SCRIPT = """
