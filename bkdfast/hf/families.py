@@ -207,7 +207,8 @@ def _from_table(inner: Any, prefix: str, config, family: str) -> ModelSpec:
         family=family,
         blocks=tuple(
             block_spec(block, _join(prefix, base_prefix, line.blocks, str(i)), line, config.num_attention_heads)
-            for i, block in enumerate(blocks.children())
+            # Not children(), which leaves repeated ones out.
+            for i, block in enumerate(b for b in blocks._modules.values() if b is not None)
         ),
         width=config.hidden_size,
         final_norm=_join(prefix, base_prefix, final) if final else None,
