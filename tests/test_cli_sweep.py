@@ -107,6 +107,11 @@ def test_several_metrics_of_sets_of_heads(demo, data):
         assert found.metric == metric.name and found.coords["set"] == (((4, 6), (4, 1)), ((4, 6),))
 
 
+def test_all_heads_of_some_layers(data):
+    assert sweep(data, "--layers", "0,4", "--samples", 2) == 0
+    assert loaded(data).effects.isfinite().all((1, 2)).tolist() == [True, False, False, False, True, False]
+
+
 def asked_token(demo, word):
     return demo[1].tokenizer(word, add_special_tokens=False)["input_ids"][0]
 
@@ -297,6 +302,7 @@ def test_baha(demo, data, capsys):
     names = ("acie", "removal-zero", "removal-subtract", "vector-added", "vector-subtracted")
     assert all((out / f"{name}.{kind}").exists() for name in names for kind in ("csv", "png", "safetensors"))
     assert loaded(data, "removal-zero").coords["set"] == (tuple(top[:1]), tuple(top[:3]))
+    assert loaded(data, "vector-added").mean.max() > 0.3 and loaded(data, "vector-subtracted").mean.min() < -0.3
     with safe_open(out / "vector.safetensors", "pt") as file:
         vector = file.get_tensor("vector")
     torch.testing.assert_close(vector, backdoor_vector(model, expected.source, top), atol=1e-5, rtol=1e-4)
