@@ -88,7 +88,7 @@ class product_prob(metrics.target_logprob):  # noqa: N801  named as the metrics 
 
     def reduce(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The root of the product; see `Metric`."""
-        product = values.to(self.dtype).where(weight != 0, torch.ones((), dtype=self.dtype)).prod(1)
+        product = values.to(self.dtype).masked_fill(weight == 0, 1).prod(1)
         return product.double() ** (1 / weight.sum(1).double())
 
 
@@ -336,8 +336,8 @@ def head_contributions(model: torch.nn.Module, source: torch.Tensor, *, spec: Mo
             each = matrix.to(torch.promote_types(weight.dtype, torch.float32)).view(block.heads, block.head_dim, -1)
             found.append(torch.einsum("hi,hid->hd", source[layer].to(each), each))
         else:  # more than a matrix (an adapter, a quantised weight): what it makes of one head after the other
-            parameter = next(p for p in model.parameters() if p.is_floating_point())
-            alone = torch.block_diag(*source[layer].to(parameter).unsqueeze(1))  # [H, H * Dh]
+            device = next(projection.parameters()).device
+            alone = torch.block_diag(*source[layer].to(device, _dtype(model)).unsqueeze(1))  # [H, H * Dh]
             output = projection.forward(torch.cat([alone, torch.zeros_like(alone[:1])]))
             output = output.to(torch.promote_types(output.dtype, torch.float32))
             found.append(output[:-1] - output[-1])
