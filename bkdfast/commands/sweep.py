@@ -338,7 +338,7 @@ def _partners(options: argparse.Namespace, rows: list[Row], given: list[Row] | N
             raise InvalidArgumentError("--source goes with --edit mean, resample or patch")
         return []
     if options.edit == "mean":
-        return rows
+        return given or rows
     draw = random.Random(options.seed)
     if options.edit == "patch":
         if given is None:
