@@ -220,7 +220,7 @@ def _blocks(rows: int, width: int, dtype: torch.dtype) -> dict:
     tallest, block_n, chunk, warps = sizes[min((size for size in sizes if size >= block_d), default=512)]
     block_m = min(tallest, max(16, triton.next_power_of_2(rows)))
     if block_m == 16 and block_d <= 128 and dtype.itemsize == 2:
-        warps = 4
+        warps, chunk = 4, 64  # 128 columns at once take 8 bytes of stack on sm_90 and sm_100
     return {
         "OPERAND": _OPERANDS[dtype],
         "PRECISION": PRECISION,
