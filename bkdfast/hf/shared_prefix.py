@@ -127,6 +127,8 @@ def joining(model: torch.nn.Module, spec: ModelSpec) -> str | None:
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None or not takes(model, "past_key_values"):
         return None
+    if any(part.training and getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        return None  # HuggingFace takes the cache away from such layers
     if not spec.causal or any(_layer_index(model, block.out_proj) is None for block in spec.blocks):
         return None
     return KERNEL if getattr(inner, "_supports_attention_backend", False) else COPY

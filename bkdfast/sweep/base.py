@@ -130,9 +130,11 @@ class BaseRun:
             inputs |= {"past_key_values": self.cache, "use_cache": True}
         return inputs
 
-    def _run(self, copies: int, start: int, stop: int | None = None) -> Iterator[_Chunk]:
-        """Run columns [start, stop) of the model and yield the logits that metrics read there."""
-        cells = self.layout.cells(start, stop)
+    def _run(
+        self, copies: int, start: int, stop: int | None = None, cells: torch.Tensor | None = None
+    ) -> Iterator[_Chunk]:
+        """Run columns [start, stop) of the model and yield the logits that metrics read there, or at some of them."""
+        cells = self.layout.cells(start, stop) if cells is None else cells
         if not len(cells):
             return
         rows = torch.arange(copies, device=cells.device).repeat_interleave(len(cells)) * self.layout.rows
@@ -231,14 +233,15 @@ class BaseRun:
             self.cache.length, self.cache.served = start, 0
         tables = self._tables(variants)
         values = [base.repeat(copies) for base in self.values]
+        cells = self._changed_cells(tables.tables[HEADS_KEY, layer], start)
         try:
             with self._resumed(variants, layer, start, tables):
-                for chunk in self._run(copies, start):
+                for chunk in self._run(copies, start, cells=cells):
                     for m in range(len(self.metrics)):
                         self._evaluate(m, values[m], chunk)
         finally:
             self.state.write(Tables({}))
-        if start and len(self.layout.cells(start)):
+        if start and len(cells):
             after = self.state.spec.layers - layer - 1
             self._check_served(after, after + 1)  # in the edited block too, where it runs whole
         found = [
@@ -322,6 +325,17 @@ class BaseRun:
         offset[FIRST] = (start - begin).repeat(copies)
         offset[COLUMN] = start
         return offset
+
+    def _changed_cells(self, table: EditTable, start: int) -> torch.Tensor:
+        """Cells from column `start` on that metrics read and some edit may change; other values are the base's."""
+        cells, count = self.layout.cells(start), self.layout.rows
+        if not self.state.spec.causal or any(metric.whole_rows for metric in self.metrics):
+            return cells
+        rows = table.table.long().cpu()
+        row = rows[:, ROW] % count
+        edited = start + rows[:, START] - self._offset(1, start).cpu()[rows[:, ORIGIN], row]
+        first = torch.full((count,), self.layout.width).scatter_reduce_(0, row, edited, "amin")
+        return cells[cells[:, 1] >= first.to(cells.device)[cells[:, 0]]]
 
     def _edited_columns(self, table: EditTable, offset: torch.Tensor, start: int) -> slice:
         """Columns, counted from the first that runs, that some edit may change; on the host."""

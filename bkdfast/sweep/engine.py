@@ -220,7 +220,21 @@ def refuse_misfits(
                 f"{type(model).__name__} has no head: its output is the residual stream, not logits of tokens; load "
                 "the model with its head (AutoModelForCausalLM)"
             )
+    for batch in data:
+        if "position_ids" in batch and not _counted(batch):
+            raise InvalidArgumentError(
+                "the data has position_ids other than the attention mask's; a sweep moves rows and counts anew: leave "
+                "them out"
+            )
     if len(data) > 1 and template.source is not None and template.source.dim() > 3 and len(template.source) > 1:
         raise InvalidArgumentError(
             f"{template!r} has a source for each row, but there are {len(data)} batches; sweep them one by one"
         )
+
+
+def _counted(batch: dict[str, torch.Tensor]) -> bool:
+    """The batch's positions are those that its mask gives."""
+    given = batch["position_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).long()
+    made = torch.arange(mask.shape[1], device=mask.device).expand_as(mask) if mask[:, 0].all() else mask.cumsum(1) - 1
+    return given.shape[-1] == made.shape[1] and given.dim() == 2 and bool(((given == made) | (mask == 0)).all())

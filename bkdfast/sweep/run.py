@@ -14,6 +14,7 @@ from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.batch import complete, takes
 from bkdfast.hf.capture import eager
 from bkdfast.hf.edits import At
+from bkdfast.hf.lowering import lower
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.prepare import Prepared
 from bkdfast.hf.shared_prefix import depends_on_length, joining
@@ -88,12 +89,21 @@ class Sweep:
                 self.jobs.append(self._job(batch, first, scored))
                 self.members.append(mine)
             first += len(batch["input_ids"])
+        self._check_edits()
         self.chunks = [self._chunks(job, chunk) for job in self.jobs]
         self.units: list[Unit] = []
         for job, chunks in zip(self.jobs, self.chunks, strict=True):
             self.units += planning.units_of(job, chunks, self.costs, len(self.units), split=split)
 
     # Planning.
+
+    def _check_edits(self) -> None:
+        """Raise where the template does not fit the model or the batches, before anything runs: one variant tells."""
+        blocks, layout = self.grid.spec.blocks, self.jobs[0].layout
+        kinds = {(blocks[v.layer].heads, blocks[v.layer].head_dim): v for v in self.grid.variants if v.edits}
+        for variant in kinds.values():
+            one = [list(variant.edits)]
+            lower((), self.grid.spec, dtype=self.state.dtype, variants=one, batch=layout.rows, last=layout.last)
 
     def _grouped(self, batch: dict, first: int) -> Iterator[tuple[tuple[int, ...], list[Scored]]]:
         """Metrics that share a run, and what each reads: completed, on the model's device."""
