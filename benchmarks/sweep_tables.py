@@ -28,12 +28,9 @@ def sweep_table(result: dict) -> str:
         cells += [f"{ours['growth_mb']:.0f} MB ({loop['growth_mb']:.0f})" if "growth_mb" in ours else ""]
         cells += [f"{error['bkdfast']['max']:.0e} ({error['hook loop']['max']:.0e})"]
         lines.append(f"| {' | '.join(cells)} |")
-    failed = len(result["sweeps"]) - len(rows)
-    lines += [
-        "",
-        sweep_caption(facts, rows)
-        + f" {failed} of {len(result['sweeps'])} sizes failed and are not shown." * bool(failed),
-    ]
+    lines += ["", sweep_caption(facts, rows)]
+    if failed := len(result["sweeps"]) - len(rows):
+        lines[-1] += f" {failed} of {len(result['sweeps'])} sizes failed and are not shown."
     return "\n".join(lines)
 
 
