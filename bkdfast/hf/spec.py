@@ -105,13 +105,6 @@ class ModelSpec:
         if not self.blocks:
             raise InvalidArgumentError(f"the spec of family {self.family!r} has no blocks; give at least one BlockSpec")
         submodule(model, self.entry)
-        for what in ("block", "out_proj", "down_proj"):
-            paths = [path for block in self.blocks if (path := getattr(block, what)) is not None]
-            if len({id(submodule(model, path)) for path in paths}) < len(paths):
-                raise InvalidArgumentError(
-                    f"layers share one {what} module: an edit of one layer would be made in all of them; give each "
-                    "layer a module of its own (copy.deepcopy)"
-                )
         if self.final_norm is not None:
             submodule(model, self.final_norm)
         for layer, block in enumerate(self.blocks):
@@ -120,6 +113,21 @@ class ModelSpec:
                     submodule(model, path)
             _check_width(submodule(model, block.out_proj), block.heads * block.head_dim, layer, block)
         return self
+
+
+def refuse_shared(model: torch.nn.Module, spec: ModelSpec) -> None:
+    """Raise where layers share a module: an edit of one would be made in all of them.
+
+    Raises:
+        InvalidArgumentError: naming what they share.
+    """
+    for what in ("block", "out_proj", "down_proj"):
+        paths = [path for block in spec.blocks if (path := getattr(block, what)) is not None]
+        if len({id(submodule(model, path)) for path in paths}) < len(paths):
+            raise InvalidArgumentError(
+                f"layers share one {what} module: an edit of one layer would be made in all of them; give each layer a "
+                "module of its own (copy.deepcopy)"
+            )
 
 
 def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -21,7 +21,7 @@ from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.families import FAMILIES, unwrap
 from bkdfast.hf.intervene import borrow
 from bkdfast.hf.prepare import refuse_dropout
-from bkdfast.hf.spec import ModelSpec
+from bkdfast.hf.spec import ModelSpec, refuse_shared
 from bkdfast.sweep import plan as planning
 from bkdfast.sweep import units
 from bkdfast.sweep.metrics import Metric
@@ -204,6 +204,7 @@ def refuse_misfits(
     model: torch.nn.Module, spec: ModelSpec, template: Edit, metrics: Sequence[Metric], data: Sequence[dict]
 ) -> None:
     """Raise where numbers would come out that do not mean what was asked."""
+    refuse_shared(model, spec)
     total = sum(len(batch["input_ids"]) for batch in data)
     for metric in metrics:
         if metric.samples is not None and metric.samples != total:
