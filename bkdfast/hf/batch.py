@@ -23,7 +23,8 @@ def batches(data: Batch | Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
 
     Raises:
         InvalidTypeError: not a mapping with `input_ids`.
-        InvalidArgumentError: no batch at all, an empty batch, or a row without a real token.
+        InvalidArgumentError: no batch at all, an empty batch, an attention mask of another shape (one of each pair of
+            tokens), or a row without a real token.
     """
     empty = True
     for batch in [data] if isinstance(data, Mapping) else data:
@@ -37,6 +38,12 @@ def batches(data: Batch | Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
             raise InvalidArgumentError(
                 f"input_ids must be a non-empty tensor [B, T], got {tuple(getattr(ids, 'shape', ()))}; "
                 "tokenise with return_tensors='pt' and padding=True"
+            )
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise InvalidArgumentError(
+                f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {tuple(ids.shape)}: 1 where a "
+                "token is, 0 for padding"
             )
         batch = {name: value for name, value in batch.items() if name != "labels"}  # they would buy a loss
         prompt_ends(batch)

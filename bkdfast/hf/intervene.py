@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,6 +15,8 @@ from bkdfast.hf.families import unwrap
 from bkdfast.hf.lowering import Tables, lower
 from bkdfast.hf.prepare import GENERATE_GRAPH, Prepared, install, prepared, refuse_compiled, refuse_dropout
 from bkdfast.hf.spec import ModelSpec
+
+_BORROWING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -109,23 +112,38 @@ def repeat_rows(batch: dict[str, torch.Tensor], times: int) -> dict[str, torch.T
 
 
 @contextlib.contextmanager
-def borrow(model: torch.nn.Module, spec: ModelSpec | None) -> Iterator[Prepared]:
-    """The model's prepared state; a model that was not prepared is, for the time being."""
-    state = prepared(model)
-    if state is None:
-        refuse_compiled(model)
-        if hasattr(model, GENERATE_GRAPH):
+def borrow(model: torch.nn.Module, spec: ModelSpec | None, engine: str | None = None) -> Iterator[Prepared]:
+    """The model's prepared state; a model that was not prepared is, for the time being.
+
+    An `engine` that runs the model unedited as well gets it alone: no edits around it, nobody else meanwhile.
+    """
+    with _BORROWING:
+        state = prepared(model)
+        if state is None:
+            refuse_compiled(model)
+            if hasattr(model, GENERATE_GRAPH):
+                raise ModelStateError(
+                    "generate() with a static cache has compiled this model, and its graph does not contain the edits; "
+                    "call bkdfast.prepare(model) first"
+                )
+            state = install(model, spec)
+        state.follow_model()
+        if state.engine is not None:
             raise ModelStateError(
-                "generate() with a static cache has compiled this model, and its graph does not contain the edits; "
-                "call bkdfast.prepare(model) first"
+                f"{state.engine} is running on this model (in another thread, or around this call); wait for it, or "
+                "use a copy of the model (copy.deepcopy)"
             )
-        state = install(model, spec)
-    state.follow_model()
-    state.users += 1
+        if engine is not None and state.stack:
+            raise InvalidArgumentError(f"{engine} cannot run inside intervene(); its baseline would be edited too")
+        state.engine = engine
+        state.users += 1
     try:
         yield state
     finally:
-        state.release()
+        with _BORROWING:
+            if engine is not None:
+                state.engine = None
+            state.release()
 
 
 @contextlib.contextmanager

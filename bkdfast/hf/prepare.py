@@ -42,6 +42,7 @@ class Prepared:
         active: some table is not empty.
         explicit: `prepare` was called; False while an engine borrows the model.
         users: engines and contexts that use the hooks now.
+        engine: name of an engine that has the model for itself.
         calls: number of forward calls that reached the hooks, `[]` int64 on the model's device.
         expected: rows that the edits are made for, `[]` int64, 0 for any; `misfits` counts the calls with others. An
             eager call with others raises at once; a compiled one can only count.
@@ -64,6 +65,7 @@ class Prepared:
         self.running = False
         self.explicit = False
         self.users = 0
+        self.engine: str | None = None
         self.observers: list[Any] = []
         self.enders: list[Any] = []
         self.stack: list[list] = []

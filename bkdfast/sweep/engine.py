@@ -94,6 +94,7 @@ def sweep(
         NonFiniteError: the metric of an unedited sample is NaN (NaN weights or activations).
         UnsupportedModelError: int8 layers that scale their activations as they come.
         VerificationError: a re-checked cell differs.
+        ModelStateError: another sweep is running on the model, in another thread.
         StoreError: `out` cannot be written, or another sweep is using it.
 
     Source: activation patching (Vig et al. 2020; Meng et al. 2022); with `Patch(head_means(model, triggered))` and
@@ -114,9 +115,7 @@ def sweep(
     refuse_dropout(model)
     refuse_inexact(model)
     started = time.perf_counter()
-    with borrow(model, spec) as state:
-        if state.stack:
-            raise InvalidArgumentError("sweep cannot run inside intervene(); its baseline would be edited too")
+    with borrow(model, spec, engine="sweep") as state:
         places = grid(state.spec, edit, at=at, site=site, heads=heads, layers=layers, positions=positions)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
         refuse_misfits(model, state.spec, places.template, metrics, checked)

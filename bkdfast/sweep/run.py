@@ -90,6 +90,11 @@ class Sweep:
                 self.members.append(mine)
             first += len(batch["input_ids"])
         self._check_edits()
+        if share and not any(job.shared for job in self.jobs):
+            raise InvalidArgumentError(
+                "share_prefix=True, but the first edited token is a prompt's first, or the edit or a metric looks at "
+                "the tokens before it; leave share_prefix out"
+            )
         self.chunks = [self._chunks(job, chunk) for job in self.jobs]
         self.units: list[Unit] = []
         for job, chunks in zip(self.jobs, self.chunks, strict=True):

@@ -184,9 +184,7 @@ def screen(
     refuse_dropout(model)
     _refuse_checkpointing(model)
     started = time.perf_counter()
-    with borrow(model, spec) as state:
-        if state.stack:
-            raise InvalidArgumentError("screen cannot run inside intervene(); its baseline would be edited too")
+    with borrow(model, spec, engine="screen") as state:
         places = grid(state.spec, edit, at=at)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
         refuse_misfits(model, state.spec, edit, [metric], checked)

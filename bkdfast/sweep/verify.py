@@ -15,6 +15,7 @@ import torch
 
 from bkdfast.errors import VerificationError
 from bkdfast.hf.batch import call
+from bkdfast.hf.capture import eager
 from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.hf.spec import ModelSpec, submodule
@@ -48,6 +49,8 @@ def check_cells(job: Sweep, scores: torch.Tensor, count: int) -> list[Checked]:
             between two neighbours.
     """
     draw = random.Random(0)
+    device = job.state.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else job.state.dtype
     flat = scores.flatten(1, -2)
     worst = [Checked() for _ in job.metrics]
     for _ in range(count):
@@ -55,12 +58,13 @@ def check_cells(job: Sweep, scores: torch.Tensor, count: int) -> list[Checked]:
         layout, first = job.jobs[number].layout, job.jobs[number].first
         for m, scored in zip(job.members[number], layout.scored, strict=True):
             metric = job.metrics[m]
-            again, base = plain_scores(job, variant, metric, scored, layout.last)
+            with eager(job.model):
+                again, base = plain_scores(job, variant, metric, scored, layout.last)
             engine = flat[m, variant.index, first : first + layout.rows]
             off = (again - engine).abs()
             relative = (off / (base.abs().mean() + again.abs()).clamp(min=1e-30)).max().item()
             worst[m] = Checked(max(worst[m].relative, relative), max(worst[m].absolute, off.max().item()))
-            if not relative <= TOLERANCE[job.state.dtype] and not metric.discrete:
+            if not relative <= TOLERANCE[computed] and not metric.discrete:
                 raise VerificationError(
                     f"{list(variant.edits)}, batch {number}: the engine says {engine.tolist()}, a plain hook says "
                     f"{again.tolist()} ({metric.name}); the model's structure is not what was assumed; please report "

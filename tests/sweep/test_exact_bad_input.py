@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import bkdfast as bf
-from bkdfast.errors import InvalidArgumentError, InvalidTypeError
+from bkdfast.errors import InvalidArgumentError, InvalidTypeError, ModelStateError
 from bkdfast.sweep import base as base_run
 from tests.hf import zoo
 from tests.sweep import brute, kinds
@@ -19,9 +20,9 @@ L, H = zoo.LAYERS, zoo.HEADS
 LONG = zoo.batch(tokens=126, padding=None)  # of a context of 128
 
 
-def sweep(family="llama", data=None, **options):
+def sweep(family="llama", data=None, model=None, **options):
     defaults = dict(edit=bf.Zero(), metric=bf.metrics.target_logprob([5]), progress=False)
-    return bf.sweep(kinds.model(family), zoo.batch() if data is None else data, **{**defaults, **options})
+    return bf.sweep(model or kinds.model(family), zoo.batch() if data is None else data, **{**defaults, **options})
 
 
 @contextlib.contextmanager
@@ -102,6 +103,12 @@ BEFORE = {
         dict(metric=[bf.metrics.target_logprob([5]), bf.metrics.target_logprob([6])]),
         "metrics 0 and 1 are both called",
     ),
+    "a mask of pairs of tokens": (
+        dict(data={**zoo.batch(), "attention_mask": torch.ones(3, 1, 11, 11)}),
+        r"attention_mask \(3, 1, 11, 11\) must have the shape of input_ids \(3, 11\)",
+    ),
+    "no prefix to share": (dict(at=0, share_prefix=True), "the first edited token is a prompt's first"),
+    "no prefix for all positions": (dict(at="all", share_prefix=True), "the first edited token is a prompt's first"),
     "no room in a batch": (dict(variants=0), "variants=0: at least one head has to be in a batch"),
 }
 
@@ -238,6 +245,24 @@ def test_inside_intervene():
     model = kinds.model("llama")
     with bf.intervene(model, bf.Zero(0, 1)), pytest.raises(InvalidArgumentError, match="cannot run inside intervene"):
         sweep()
+
+
+def test_in_another_thread():
+    """Edits belong to the model, not to a thread: a second sweep of it would measure the first one's edits."""
+    model, refused = zoo.build("llama"), []
+
+    def meanwhile(logits):
+        for call in (lambda: sweep(model=model), lambda: bf.intervene(model, bf.Zero(0, 1)).__enter__()):
+            with ThreadPoolExecutor(1) as pool, pytest.raises(ModelStateError, match="sweep is running on this model"):
+                pool.submit(call).result()
+            refused.append(1)
+        return logits[:, -1, 5]
+
+    found = sweep(model=model, heads=kinds.FEW, metric=bf.metrics.custom(meanwhile))
+    assert len(refused) >= 4
+    want = sweep(heads=kinds.FEW, metric=bf.metrics.custom(lambda logits: logits[:, -1, 5]))
+    torch.testing.assert_close(found.effects, want.effects, equal_nan=True)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_positions_of_the_users_own():

@@ -124,5 +124,19 @@ def test_autocast_shares_no_prefix():
     with torch.autocast("cpu", torch.bfloat16):
         options = dict(edit=bf.Zero(), at="last_prompt", metric=bf.metrics.target_logprob([5, 6]), progress=False)
         with pytest.warns(UserWarning, match="autocast is on"):
-            found = bf.sweep(model, zoo.batch(), **options)
+            found = bf.sweep(model, zoo.batch(), verify=20, **options)
     assert not found.facts["shared_prefix"]
+    assert 1e-4 < found.facts["largest_error"] < 5e-2  # bf16 does not compute better
+
+
+def test_cells_of_a_compiled_model_are_checked_with_hooks_that_run():
+    """`model.compile()` keeps a graph in the module, which hooks of the check cannot enter."""
+    model, graphs = zoo.build("llama"), []
+    bf.prepare(model)
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    with torch.no_grad():
+        model(**zoo.batch())
+    compiled = len(graphs)
+    found = sweep(model, zoo.batch(), bf.metrics.target_logprob([5, 6]), at="last_prompt")
+    assert found.facts["largest_error"] < 1e-5 and found.effects.abs().max() > 0.1
+    assert 0 < compiled == len(graphs) and model._compiled_call_impl is not None
