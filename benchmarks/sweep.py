@@ -15,6 +15,7 @@ A size that fails is a row with its error; the run goes on, and its exit status 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -103,9 +104,13 @@ def measure(shape: Shape, rounds: int, threads: int | None) -> dict:
     work, products = matrix_products(task)
     samples: dict[str, list[float]] = {name: [] for name in versions}
     rates = []
+    outside = []
     for _ in range(min(rounds, 3) if long else rounds):
         for name, run in versions.items():
-            samples[name].append(seconds(run, calls[name], _CPU))
+            with inside(task.model.model) as forwards:
+                samples[name].append(seconds(run, calls[name], _CPU))
+            if name == OURS:
+                outside.append(samples[name][-1] - sum(forwards) / calls[name])
         rates.append(work / seconds(products, 1, _CPU))
     _, figures = compare(samples, [LOOP])
     flops = shape.flops()
@@ -123,8 +128,30 @@ def measure(shape: Shape, rounds: int, threads: int | None) -> dict:
             took * rate / flops["plan"] for took, rate in zip(samples[OURS], rates, strict=True)
         ),
         "per_variant_ms": figures[OURS]["median_us"] / 1e3 / (shape.layers * shape.heads),
+        "overhead_ms": statistics.median(outside) * 1e3 / (shape.layers * shape.heads),
         "versions": {name: {"ours": name == OURS, **figures[name], **memory[name]} for name in versions},
     }
+
+
+@contextlib.contextmanager
+def inside(module: torch.nn.Module) -> Iterator[list[float]]:
+    """Seconds that calls of `module` take in this context, one by one."""
+    took: list[float] = []
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            took.append(time.perf_counter() - start)
+
+    module.forward = timed  # type: ignore[method-assign]
+    try:
+        yield took
+    finally:
+        del module.forward
 
 
 def _runners(shape: Shape) -> dict[str, str]:
@@ -218,7 +245,7 @@ def summary(row: dict) -> str:
     lines = [
         f"{row['name']}: the plan's operations allow {row['flop_ratio']:.1f}x; {row['unavoidable_s']:.3f} s at "
         f"{row['gemm_gflop_s']:.0f} GFLOP/s, measured {row['over_unavoidable']:.2f} of that, "
-        f"{row['per_variant_ms']:.2f} ms a variant"
+        f"{row['per_variant_ms']:.2f} ms a variant, {row['overhead_ms']:.2f} of it outside the model's forwards"
     ]
     for name, version in row["versions"].items():
         memory = f", +{version['growth_mb']:.0f} MB" if "growth_mb" in version else ""

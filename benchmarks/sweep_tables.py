@@ -48,8 +48,8 @@ def sweep_caption(facts: dict, rows: list[dict]) -> str:
     tiny = [row for row in rows if row["shape"]["width"] < 256]
     if tiny:
         model = "{layers} x {heads} heads, d={width}".format(**tiny[0]["shape"])
-        each = " and ".join(f"{row['per_variant_ms']:.2f} ms" for row in tiny)
-        text.append(f"On a model of {model}, a head takes {each}.")
+        each = " and ".join(f"{row['per_variant_ms']:.2f} ms ({row['overhead_ms']:.2f})" for row in tiny)
+        text.append(f"On a model of {model}, a head takes {each}; in brackets what is not the model's own forwards.")
     return " ".join(text)
 
 

@@ -164,7 +164,7 @@ def attending(model: torch.nn.Module, cache: PrefixCache) -> Iterator[None]:
     if cache.join == COPY:
         yield
         return
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
     before = [(config, config._attn_implementation) for config in configs.values()]
     token = _CURRENT.set(cache)
     try:

@@ -7,7 +7,7 @@ the prompts' lengths and the side they were padded on. Columns behind the last o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,6 +34,7 @@ class Layout:
     length: list[int]
     scored: list[Scored]
     reads: list[torch.Tensor]
+    _cells: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -51,14 +52,14 @@ class Layout:
 
     def cells(self, start: int, stop: int | None = None) -> torch.Tensor:
         """`[U, 2]` (row, column) pairs, each once, that some metric reads in columns [start, stop)."""
-        found = [
-            torch.stack([row, read[row, j]], 1)
-            for read, scored in zip(self.reads, self.scored, strict=True)
-            for row, j in [
-                ((read >= start) & (read < (stop or self.width)) & (scored.weight > 0)).nonzero(as_tuple=True)
-            ]
-        ]
-        return torch.unique(torch.cat(found), dim=0)
+        key = start, stop or self.width
+        if key not in self._cells:
+            found = []
+            for read, scored in zip(self.reads, self.scored, strict=True):
+                row, j = ((read >= key[0]) & (read < key[1]) & (scored.weight > 0)).nonzero(as_tuple=True)
+                found.append(torch.stack([row, read[row, j]], 1))
+            self._cells[key] = torch.unique(torch.cat(found), dim=0)
+        return self._cells[key]
 
 
 def lay_out(scored: Sequence[Scored], last: Sequence[int], anchors: Sequence[int] | None, *, trim: bool) -> Layout:

@@ -186,7 +186,7 @@ def versions() -> dict[str, str]:
 
 def machine(model: torch.nn.Module) -> dict[str, Any]:
     """The devices that a model is on, and the machine; not its name."""
-    devices = sorted({str(tensor.device) for tensor in model.parameters()})
+    devices = sorted(map(str, {tensor.device for tensor in model.parameters()}))
     found: dict[str, Any] = {
         "devices": devices,
         "processor": _processor(),
@@ -263,6 +263,7 @@ def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@functools.cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
