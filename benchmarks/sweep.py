@@ -43,7 +43,7 @@ _CPU = torch.device("cpu")
 
 
 def shapes() -> Iterator[Shape]:
-    """All sizes: the attribution task, every position, and a model so small that only overhead is left."""
+    """All sizes: the attribution task, every position, and models so small that only overhead is left."""
     for tokens in (128, 512):
         yield Shape(tokens=tokens)
     yield Shape(tokens=128, batch=1)
@@ -51,9 +51,10 @@ def shapes() -> Iterator[Shape]:
     for tokens in (32, 128, 512):
         for batch in (1, 4):
             yield Shape(tokens=tokens, batch=batch, everywhere=True)
-    tiny = Shape(layers=2, width=64, mlp=176, vocab=67, tokens=16, targets=4, batch=1)
-    yield tiny
-    yield Shape(**{**vars(tiny), "everywhere": True})
+    for layers in (2, 8):
+        tiny = Shape(layers=layers, width=64, mlp=176, vocab=67, tokens=16, targets=4, batch=1)
+        yield tiny
+        yield Shape(**{**vars(tiny), "everywhere": True})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns, 3 where one takes long (default: %(default)s)")
-    parser.add_argument("--only", help="sizes whose name has this in it, e.g. T=128")
+    parser.add_argument("--only", help="sizes whose name has this in it, e.g. T=128; the file's others are kept")
     parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure memory")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/sweep-<machine>.json)")
     options = parser.parse_args(argv)
@@ -69,16 +70,17 @@ def main(argv: list[str] | None = None) -> None:
     facts = machine(_CPU)
     out = options.out or RESULTS / f"sweep-{slug(facts['name'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
+    rows: list[dict] = _kept(out, facts) if options.only else []
     chosen = [shape for shape in shapes() if options.only is None or options.only in shape.name]
     if not chosen:
         sys.exit(f"no size has {options.only!r} in its name; sizes: {'; '.join(shape.name for shape in shapes())}")
     for shape in tqdm(chosen, desc="sizes", unit="size"):
         try:
-            rows.append(measure(shape, options.rounds, None if options.no_memory else options.threads))
+            row = measure(shape, options.rounds, None if options.no_memory else options.threads)
         except Exception as error:  # the other sizes are still worth having
-            rows.append({"name": shape.name, "shape": vars(shape), "error": f"{type(error).__name__}: {error}"})
-        tqdm.write(summary(rows[-1]))
+            row = {"name": shape.name, "shape": vars(shape), "error": f"{type(error).__name__}: {error}"}
+        rows = _in_order([*(old for old in rows if old["name"] != row["name"]), row])
+        tqdm.write(summary(row))
         out.write_text(json.dumps({"machine": facts, "sweeps": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {out}")
     slower = [row["name"] for row in rows if "error" not in row and row["versions"][OURS]["speedup"] < 1]
@@ -86,6 +88,20 @@ def main(argv: list[str] | None = None) -> None:
         print(f"slower than the hook loop: {'; '.join(slower)}")
     if failed := sum("error" in row for row in rows):
         sys.exit(f"{failed} of {len(rows)} sizes failed")
+
+
+def _kept(out: Path, facts: dict) -> list[dict]:
+    """Rows of an earlier run on this machine with these versions."""
+    if not out.exists():
+        return []
+    old = json.loads(out.read_text(encoding="utf-8"))
+    same = {name: value for name, value in facts.items() if name != "commit"}
+    return old["sweeps"] if same == {name: old["machine"].get(name) for name in same} else []
+
+
+def _in_order(rows: list[dict]) -> list[dict]:
+    names = [shape.name for shape in shapes()]
+    return sorted((row for row in rows if row["name"] in names), key=lambda row: names.index(row["name"]))
 
 
 def measure(shape: Shape, rounds: int, threads: int | None) -> dict:

@@ -45,11 +45,13 @@ def sweep_caption(facts: dict, rows: list[dict]) -> str:
         "Memory: growth of a fresh process, the hook loop's in brackets.",
         "Error: largest distance from a float64 hook loop in units of the largest effect, the hook loop's in brackets.",
     ]
-    tiny = [row for row in rows if row["shape"]["width"] < 256]
-    if tiny:
-        model = "{layers} x {heads} heads, d={width}".format(**tiny[0]["shape"])
-        each = " and ".join(f"{row['per_variant_ms']:.2f} ms ({row['overhead_ms']:.2f})" for row in tiny)
-        text.append(f"On a model of {model}, a head takes {each}; in brackets what is not the model's own forwards.")
+    for row in rows:
+        if row["shape"]["width"] < 256 and not row["shape"]["everywhere"]:
+            model = "{layers} x {heads} heads, d={width}".format(**row["shape"])
+            text.append(
+                f"A model of {model}: {row['per_variant_ms']:.2f} ms a head, {row['overhead_ms']:.2f} ms of it outside "
+                "the model's forwards."
+            )
     return " ".join(text)
 
 

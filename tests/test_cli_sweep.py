@@ -118,13 +118,14 @@ def asked_token(demo, word):
 
 @pytest.mark.parametrize(
     ("at", "source"),
-    [("last_prompt", "triggered.jsonl"), ("all", None), ("8", None), ("2:5", "triggered.jsonl")],
+    [("last_prompt", "triggered.jsonl"), ("all", None), ("8", None), ("6:9", "triggered.jsonl")],
 )
 def test_mean_over_the_source_or_the_data_itself(demo, data, at, source):
     model, batches, _ = asked(demo, data)
     reference = asked(demo, data, source)[1] if source else batches
-    place = {"2:5": slice(2, 5), "8": 8}.get(at, at)
-    mean = bf.head_means(model, reference, at="all" if at in ("all", "2:5") else place)
+    place = {"6:9": slice(6, 9), "8": 8}.get(at, at)
+    mean = bf.head_means(model, reference, at="each" if at == "6:9" else place)
+    mean = mean[:, place] if at == "6:9" else mean
     metric = bf.metrics.target_logprob(demo[1].target(Row(({"role": "user", "content": "x"},), "alert :")))
     expected = bf.sweep(
         model, batches, edit=bf.Mean(mean), at=place, heads=[(0, 6), (4, 1)], metric=metric, progress=False

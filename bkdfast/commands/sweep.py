@@ -139,9 +139,9 @@ class _Job:
 
         site = self.where["site"]
         at: Any = self.where.get("at")
-        if "positions" in self.where or (not mean and (isinstance(at, slice) or at == "prompt")):
+        if "positions" in self.where or isinstance(at, slice) or (not mean and at == "prompt"):
             at = "each"
-        elif isinstance(at, slice) or at in ("prompt", "generated"):
+        elif at in ("prompt", "generated"):
             at = "all"
         prompts = self.encoder.batches(rows, self.options.batch)
         if site == "heads":
@@ -210,7 +210,7 @@ def _report(job: _Job, results: Sequence[Any]) -> None:
     if "positions" in job.where and len(job.rows) == 1:
         ids = job.encoder.prompt(job.rows[0])
         spots = job.where["positions"]
-        if all(isinstance(spot, int) for spot in spots):
+        if all(isinstance(spot, int) and spot < len(ids) for spot in spots):
             tokens = job.encoder.tokenizer.convert_ids_to_tokens([ids[spot] for spot in spots])
     for name, result in zip(options.metric.split(","), results, strict=True):
         frame, picture = common.write(result, options.out, name.strip(), tokens)
@@ -308,11 +308,11 @@ def _refuse(options: argparse.Namespace, where: dict[str, Any]) -> None:
     if "logit_diff" in names and options.against is None:
         raise InvalidArgumentError("--metric logit_diff compares two answers: give the other one with --against")
     if options.edit in ("patch", "resample"):
-        at = where.get("at")
-        if at == "generated":
+        if where.get("at") == "generated":
             raise InvalidArgumentError(f"--edit {options.edit} takes values from prompts, which have no such tokens")
-        if isinstance(at, slice) and min(at.start or 0, at.stop or 0) < 0:
-            raise InvalidArgumentError(f"--edit {options.edit} takes ranges that count from the first token, as in 2:5")
+    at = where.get("at")
+    if options.edit != "zero" and isinstance(at, slice) and min(at.start or 0, at.stop or 0) < 0:
+        raise InvalidArgumentError(f"--edit {options.edit} takes ranges that count from the first token, as in 2:5")
     if options.site == "heads":
         if options.heads is not None and options.layers is not None:
             raise InvalidArgumentError("give --heads or --layers, not both")

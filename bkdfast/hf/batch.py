@@ -118,5 +118,7 @@ def call(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name not in unnamed}
     if takes(model, "output_router_logits"):  # the first output would be a loss
         inputs["output_router_logits"] = False
+    if "past_key_values" not in inputs and takes(model, "use_cache"):
+        inputs["use_cache"] = False  # keys and values that nobody reads
     output = model(batch["input_ids"], **inputs) if "input_ids" in unnamed else model(**inputs)
     return output if isinstance(output, torch.Tensor) else output[0]

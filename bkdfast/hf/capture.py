@@ -197,8 +197,7 @@ def _stream(
     for batch in tqdm(batches(data), desc=f"{site} outputs", unit="batch", total=count(data), disable=not progress):
         batch = complete(model, batch, spec)
         rows, width = batch["input_ids"].shape
-        recording = record_projection_inputs(model, spec) if site == HEADS else record_site(model, spec, site)
-        with recording as found, torch.no_grad(), eager(model):
+        with record(model, spec, site) as found, torch.no_grad(), eager(model):
             call(model, batch)
         stacked = torch.stack([found[layer].view(rows, width, *each) for layer in range(spec.layers)], 2)
         mask = batch.get("attention_mask")
@@ -208,46 +207,30 @@ def _stream(
 
 
 @contextlib.contextmanager
-def record_projection_inputs(model: torch.nn.Module, spec: ModelSpec) -> Iterator[dict[int, torch.Tensor]]:
-    """Record a copy of each layer's z `[B, T, H * Dh]` while a forward runs inside the context."""
+def record(model: torch.nn.Module, spec: ModelSpec, site: str) -> Iterator[dict[int, torch.Tensor]]:
+    """Record a copy of each layer's z `[B, T, H * Dh]` or output `[B, T, D]` of the forward inside the context."""
     found: dict[int, torch.Tensor] = {}
 
-    def recorder(layer: int):
+    def z(layer: int):
         def hook(module: torch.nn.Module, args: tuple) -> None:
             found[layer] = args[0].detach().clone()
 
         return hook
 
-    handles = [
-        submodule(model, block.out_proj).register_forward_pre_hook(recorder(layer))
-        for layer, block in enumerate(spec.blocks)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def record_site(model: torch.nn.Module, spec: ModelSpec, site: str) -> Iterator[dict[int, torch.Tensor]]:
-    """Record a copy of each layer's output at a site, `[B, T, D]`, while a forward runs inside the context."""
-    found: dict[int, torch.Tensor] = {}
-
-    def recorder(layer: int):
+    def output(layer: int):
         def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
             found[layer] = (output[0] if isinstance(output, tuple) else output).detach().clone()
 
         return hook
 
-    handles = [
-        submodule(model, path).register_forward_hook(recorder(layer)) for layer, path in enumerate(spec.outputs(site))
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        if site == HEADS:
+            for layer, block in enumerate(spec.blocks):
+                stack.enter_context(submodule(model, block.out_proj).register_forward_pre_hook(z(layer)))
+        else:
+            for layer, path in enumerate(spec.outputs(site)):
+                stack.enter_context(submodule(model, path).register_forward_hook(output(layer)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -127,6 +127,10 @@ def borrow(model: torch.nn.Module, spec: ModelSpec | None, engine: str | None = 
                     "call bkdfast.prepare(model) first"
                 )
             state = install(model, spec)
+        if spec is not None and spec != state.spec:
+            raise InvalidArgumentError(
+                "the model was prepared with another spec; pass that one, or call remove() on the handle of prepare()"
+            )
         state.follow_model()
         if state.engine is not None:
             raise ModelStateError(

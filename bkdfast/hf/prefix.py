@@ -56,12 +56,15 @@ class Recording:
     _returns: dict[int, int | None] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def record(self, layers: Iterable[int], *, z: bool = False, mlp: bool = False) -> Iterator[None]:
+    def record(
+        self, layers: Iterable[int], *, z: bool = False, attention: bool = False, mlp: bool = False
+    ) -> Iterator[None]:
         """Record the forward that runs inside this context.
 
         Args:
             layers: layers to be edited later on; the streams that lead to them are kept.
             z: keep the inputs of their attention output projections.
+            attention: keep the outputs of those.
             mlp: keep the outputs of their MLPs.
         """
         handles = []
@@ -73,12 +76,12 @@ class Recording:
         try:
             for layer, block in enumerate(self.spec.blocks):
                 watch(block.block, self._stream(layer, layer + 1 in wanted or layer in wanted))
-                if layer in wanted:
+                if attention and layer in wanted:
                     watch(block.out_proj, self._projection(self.attention, layer, z))
                     self._around(watch, self.attention, layer, block.out_proj)
-                    if mlp and (path := block.mlp_output) is not None:
-                        watch(path, self._projection(self.mlp, layer, False))
-                        self._around(watch, self.mlp, layer, path)
+                if mlp and layer in wanted and (path := block.mlp_output) is not None:
+                    watch(path, self._projection(self.mlp, layer, False))
+                    self._around(watch, self.mlp, layer, path)
             yield
         finally:
             for handle in handles:
@@ -107,6 +110,9 @@ class Recording:
         outer = path.rpartition(".")[0]
         if outer in ("", self.spec.blocks[layer].block):
             return
+        around = submodule(self.model, outer)
+        if around._forward_hooks or around._forward_pre_hooks:
+            return  # of the user's: what they do may depend on the edit
 
         def hook(module, args, output):
             seen = found[layer]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.batch import call
@@ -51,9 +49,8 @@ def read_logits(
     vocab = getattr(head, "out_features", None) or 1
     size = max(LIMIT // vocab // multiple, 1) * multiple
     if not spec.entry:  # a module of the user's: its unembedding gets all rows at once
-        with _hook(
-            head.register_forward_pre_hook(lambda m, args: (_pick(args[0], shape, rows, columns)[None], *args[1:]))
-        ):
+        picked = lambda module, args: (_pick(args[0], shape, rows, columns)[None], *args[1:])  # noqa: E731
+        with head.register_forward_pre_hook(picked):
             logits = call(model, inputs)[0]
         yield slice(0, len(rows)), logits
         return
@@ -65,7 +62,7 @@ def read_logits(
         return _with_first(output, kept[1][:, :size])
 
     # What comes after `entry` (in BERT more than the unembedding) treats every token by itself.
-    with _hook(entry.register_forward_hook(gather)):
+    with entry.register_forward_hook(gather):
         logits = call(model, inputs)[0]
     output, hidden = kept
     yield slice(0, min(size, len(rows))), logits
@@ -92,11 +89,3 @@ def _pick(hidden: torch.Tensor, shape: torch.Size, rows: torch.Tensor, columns: 
             f"{tuple(hidden.shape)}; it needs a head that scores each token, and no logits_to_keep"
         )
     return hidden[rows.to(hidden.device), columns.to(hidden.device)]
-
-
-@contextlib.contextmanager
-def _hook(handle: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

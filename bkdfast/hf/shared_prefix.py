@@ -54,6 +54,7 @@ class PrefixCache(Cache):
         self.length, self.keep, self.served = 0, False, 0
         self.stop_at: int | None = None
         self.rows, self.join = rows, join
+        self.configs: list[Any] | None = None  # of the model's modules, once `attending` has looked
         self._pieces: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(layers)]
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
 
@@ -89,10 +90,6 @@ class PrefixCache(Cache):
                 keys.masked_fill_(padding, 0)
                 values.masked_fill_(padding, 0)
                 first += keys.shape[2]
-
-    def bytes(self) -> int:
-        """Size of what is held."""
-        return sum(t.nbytes for pieces in self._pieces for piece in pieces for t in piece)
 
 
 class _Layer(CacheLayerMixin):
@@ -164,8 +161,9 @@ def attending(model: torch.nn.Module, cache: PrefixCache) -> Iterator[None]:
     if cache.join == COPY:
         yield
         return
-    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    if cache.configs is None:
+        cache.configs = list({id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}.values())
+    before = [(config, config._attn_implementation) for config in cache.configs]
     token = _CURRENT.set(cache)
     try:
         for config, _ in before:

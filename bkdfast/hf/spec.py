@@ -131,7 +131,13 @@ def refuse_shared(model: torch.nn.Module, spec: ModelSpec) -> None:
 
 
 def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    """`model.get_submodule(path)` with an error that says what is there instead."""
+    """`model.get_submodule(path)`, several times as fast, with an error that says what is there instead."""
+    found: torch.nn.Module | None = model
+    for step in path.split(".") if path else ():
+        if (found := found._modules.get(step)) is None:  # type: ignore[union-attr]
+            break
+    else:
+        return found  # type: ignore[return-value]
     try:
         return model.get_submodule(path)
     except AttributeError:

@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,6 +53,7 @@ SEMANTICS = ("log_space", "reference")
 ABLATIONS = ("zero", "subtract")
 Head = tuple[int, int]
 Rows = Sequence[Row | str]
+T = TypeVar("T")
 
 
 class product_prob(metrics.target_logprob):  # noqa: N801  named as the metrics are
@@ -170,9 +171,10 @@ def baha(
         [(4, 6), (4, 1), (4, 7)]
     """
     encoder = as_encoder(tokenizer)
-    chosen, _ = draw(as_rows(clean, "clean"), samples, seed)
-    sources = as_rows(triggered, "triggered")
-    targets = target_tokens(encoder, chosen, [row.target for row in sources] if target is None else target)
+    rows, sources = as_rows(clean, "clean"), as_rows(triggered, "triggered")
+    answers = target_tokens(encoder, rows, [row.target for row in sources] if target is None else target)
+    drawn, _ = draw(list(zip(rows, answers, strict=True)), samples, seed)
+    chosen, targets = [row for row, _ in drawn], [answer for _, answer in drawn]
     metric = probability(model, targets, semantics)
     shown = encoder.batches(sources, batch)
     if plan:
@@ -413,7 +415,7 @@ def as_rows(rows: Rows, name: str) -> list[Row]:
     return [Row(({"role": "user", "content": row},), "") if isinstance(row, str) else row for row in rows]
 
 
-def draw(rows: Sequence[Row], samples: int, seed: int) -> tuple[list[Row], list[Row]]:
+def draw(rows: Sequence[T], samples: int, seed: int) -> tuple[list[T], list[T]]:
     """`samples` of the rows, in order (all of them if there are no more), and the others."""
     if samples < 1:
         raise InvalidArgumentError(f"samples={samples}: at least one clean prompt has to be patched")

@@ -75,7 +75,8 @@ class BaseRun:
             self._run_prefix()
         if self.cache is not None:
             self.cache.keep = self.furthest > self.start
-        with self.recording.record(self.layers, z=self.grid.site == HEADS, mlp=self.grid.site == MLP):
+        site = self.grid.site
+        with self.recording.record(self.layers, z=site == HEADS, attention=site != RESIDUAL, mlp=site == MLP):
             self._take(self.start)
         self._begin()
         if self.cache is not None:
@@ -253,7 +254,15 @@ class BaseRun:
     def _tables(self, variants: Sequence[Variant]) -> Tables:
         edits = [list(variant.edits) for variant in variants]
         spec, layout = self.grid.spec, self.layout
-        return lower((), spec, dtype=self.state.dtype, variants=edits, batch=layout.rows, last=layout.last)
+        return lower(
+            (),
+            spec,
+            dtype=self.state.dtype,
+            variants=edits,
+            batch=layout.rows,
+            last=layout.last,
+            begin=layout.begin.tolist(),
+        )
 
     @contextlib.contextmanager
     def _resumed(self, variants: Sequence[Variant], layer: int, start: int, tables: Tables) -> Iterator[None]:

@@ -20,14 +20,15 @@ from bkdfast.hf.batch import Batch, batches, complete
 from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.families import FAMILIES, unwrap
 from bkdfast.hf.intervene import borrow
+from bkdfast.hf.lowering import one_a_row
 from bkdfast.hf.prepare import refuse_dropout
 from bkdfast.hf.spec import ModelSpec, refuse_shared
 from bkdfast.sweep import plan as planning
 from bkdfast.sweep import units
 from bkdfast.sweep.metrics import Metric
 from bkdfast.sweep.projection import refuse_inexact
-from bkdfast.sweep.provenance import manifest
-from bkdfast.sweep.readout_groups import check_names
+from bkdfast.sweep.provenance import hash_text, manifest
+from bkdfast.sweep.readout_groups import check_metrics
 from bkdfast.sweep.result import SweepResult
 from bkdfast.sweep.run import Sweep
 from bkdfast.sweep.store import Store
@@ -76,8 +77,8 @@ def sweep(
         share_prefix: run only the tokens from the first edited one on, over the others' keys and values. None: where
             it pays; False: never; True: an error where it cannot be.
         verify: number of random (batch, variant) cells to compute again with plain hooks and full forwards; a mismatch
-            raises, and the largest difference is the `noise_floor` in the result's facts. None: 4 for a model family
-            that is not in the tested list, else 0.
+            raises, and the largest difference is the `noise_floor` in the result's facts. None: 4 with a `spec` and for
+            a model family that is not in the tested list, else 0.
         spec: where the heads are, when the family is not known.
         out: folder that keeps finished units of work. A sweep that was killed continues there with the same call and
             computes nothing twice. Needed for several processes (`torchrun`), which share the work.
@@ -109,8 +110,9 @@ def sweep(
         >>> result.effects.shape
         torch.Size([6, 8, 2])
     """
-    metrics = [metric] if isinstance(metric, Metric) else list(metric)
-    check_names(metrics)
+    metrics = check_metrics(metric)
+    if verify is not None and verify < 0:
+        raise InvalidArgumentError(f"verify={verify}: the number of cells to check is 0 or more")
     model = unwrap(model)
     refuse_dropout(model)
     refuse_inexact(model)
@@ -118,7 +120,7 @@ def sweep(
     with borrow(model, spec, engine="sweep") as state:
         places = grid(state.spec, edit, at=at, site=site, heads=heads, layers=layers, positions=positions)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
-        refuse_misfits(model, state.spec, places.template, metrics, checked)
+        refuse_misfits(model, state.spec, places, metrics, checked)
         world = units.join()[1]
         division: dict[str, Any] = {
             "variants": variants,
@@ -145,6 +147,7 @@ def sweep(
             units=division,
             dtype=state.dtype,
             whole=None if out is not None else 0,
+            spec=hash_text(repr(state.spec)),
             site=site,
             heads=heads,
             layers=layers,
@@ -158,7 +161,7 @@ def sweep(
                 division = store.manifest["units"]
                 job = divided()
         if verify is None:
-            verify = 0 if state.spec.family in FAMILIES else 4
+            verify = 0 if state.spec.family in FAMILIES and spec is None else 4
         costs = [unit.flops for unit in job.units]
         run = units.run_units(len(costs), job.compute, store, costs=costs, progress=progress, description=what)
         scores, baseline = job.collect(dict(run))
@@ -200,7 +203,7 @@ def _describe(places: Grid, job: Sweep, edit: Edit) -> str:
 
 
 def refuse_misfits(
-    model: torch.nn.Module, spec: ModelSpec, template: Edit, metrics: Sequence[Metric], data: Sequence[dict]
+    model: torch.nn.Module, spec: ModelSpec, places: Grid, metrics: Sequence[Metric], data: Sequence[dict]
 ) -> None:
     """Raise where numbers would come out that do not mean what was asked."""
     refuse_shared(model, spec)
@@ -226,10 +229,15 @@ def refuse_misfits(
                 "the data has position_ids other than the attention mask's; a sweep moves rows and counts anew: leave "
                 "them out"
             )
-    if len(data) > 1 and template.source is not None and template.source.dim() > 3 and len(template.source) > 1:
-        raise InvalidArgumentError(
-            f"{template!r} has a source for each row, but there are {len(data)} batches; sweep them one by one"
-        )
+    if len(data) > 1:
+        edit = places.template
+        what = "a source" if edit.source is not None and edit.source.dim() > 3 and len(edit.source) > 1 else ""
+        what = "a position" if any(one_a_row(at) for at in places.coords.get("position", [edit.at])) else what
+        if what:
+            raise InvalidArgumentError(
+                f"{edit!r} has {what} for each row, but there are {len(data)} batches; use sweep_batches, or sweep "
+                "them one by one"
+            )
 
 
 def _counted(batch: dict[str, torch.Tensor]) -> bool:

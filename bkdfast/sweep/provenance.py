@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from bkdfast.hf.prepare import Hook
+
 WHOLE = 4 << 30
 """Models of at most this many bytes are hashed whole (seconds); of larger ones a sum and a sample."""
 SAMPLE = 4096
@@ -28,6 +30,7 @@ SAMPLE = 4096
 
 _DEEP = 6  # levels of objects inside objects; deeper ones are known by their type
 _LONG = 400  # characters of JSON above which a list is stored as a hash
+_SETTINGS: dict[tuple[type, str], str] = {}  # of the last config: to find what differs, transformers makes another
 _UNTOLD = ("_name_or_path", "transformers_version")  # of a config: where it lay and who wrote it, not what it says
 
 
@@ -62,6 +65,7 @@ def manifest(
     return {
         "weights": weights_hash(model, WHOLE if whole is None else whole),
         "config": config(model),
+        "state": state(model),
         "data": data_hash(batches),
         "edit": fingerprint(edit),
         "metrics": {metric.name: fingerprint(metric) for metric in metrics},
@@ -73,6 +77,24 @@ def manifest(
         "machine": machine(model),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def state(model: torch.nn.Module) -> dict[str, Any]:
+    """What changes a model's numbers beside weights and config: autocast, adapters that are on or off, hooks."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    found: dict[str, Any] = {"autocast": None, "adapters": {}, "hooks": []}
+    if torch.is_autocast_enabled(device):
+        found["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    for path, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):  # a layer of PEFT's
+            on = (
+                [] if module.disable_adapters else [[name, module.scaling.get(name)] for name in module.active_adapters]
+            )
+            found["adapters"][path] = fingerprint([on, list(module.merged_adapters)])
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not isinstance(hook, Hook):
+                found["hooks"].append([path, fingerprint(hook)])
+    return {name: fingerprint(value) for name, value in found.items()}
 
 
 def weights_hash(model: torch.nn.Module, whole: int = WHOLE) -> dict[str, Any]:
@@ -107,7 +129,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor], *, sampled: bool = False) 
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if sampled:
+        if sampled and tensor.numel() > 16 * SAMPLE:
             digest.update(str(_bit_sum(tensor)).encode())
             tensor = _sample(tensor)
         digest.update(_bytes(tensor.cpu()).numpy())  # type: ignore[arg-type]
@@ -118,7 +140,7 @@ def data_hash(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     """Hash of tokenised batches; the same prompts in other batches are padded differently, so that it differs."""
     hashes = [(hash_tensors(batch), len(batch["input_ids"])) for batch in batches]
     return {
-        "hash": _hash_text("".join(found for found, _ in hashes)),
+        "hash": hash_text("".join(found for found, _ in hashes)),
         "batches": len(hashes),
         "samples": sum(rows for _, rows in hashes),
     }
@@ -129,9 +151,17 @@ def config(model: torch.nn.Module) -> dict[str, Any]:
     found: Any = getattr(model, "config", None)
     if not hasattr(found, "to_json_string"):
         return {"type": type(model).__qualname__}
-    # Only what differs: a newer transformers adds settings, and their defaults are no other model.
-    told = json.loads(found.to_json_string(use_diff=True))
+    told = json.loads(_settings(found))
     return {"type": type(model).__qualname__, **{name: told[name] for name in told if name not in _UNTOLD}}
+
+
+def _settings(found: Any) -> str:
+    """Only what differs from the defaults: a newer transformers adds settings, which are no other model."""
+    key = type(found), repr(vars(found))
+    if key not in _SETTINGS:
+        _SETTINGS.clear()
+        _SETTINGS[key] = found.to_json_string(use_diff=True)
+    return _SETTINGS[key]
 
 
 def fingerprint(value: Any, deep: int = _DEEP) -> Any:
@@ -223,8 +253,6 @@ def _bit_sum(tensor: torch.Tensor) -> int:
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Elements at fixed places; multiples of the golden ratio never keep to one column of a matrix."""
     flat = tensor.contiguous().reshape(-1)
-    if len(flat) <= SAMPLE:
-        return flat
     at = (torch.arange(1, SAMPLE + 1, dtype=torch.float64) * 0.6180339887498949).frac() * len(flat)
     return flat[at.long().clamp(max=len(flat) - 1).to(flat.device)]
 
@@ -243,7 +271,7 @@ def _function(function: Any, deep: int) -> dict[str, Any]:
     }
     return {
         "function": getattr(inner, "__qualname__", type(inner).__qualname__),
-        "code": _hash_text(_code(getattr(inner, "__code__", None))),
+        "code": hash_text(_code(getattr(inner, "__code__", None))),
         **{name: fingerprint(values, deep - 1) for name, values in used.items()},
     }
 
@@ -256,10 +284,11 @@ def _code(code: Any) -> str:
 
 def _short(value: Any, limit: int) -> Any:
     text = json.dumps(value, sort_keys=True)
-    return value if len(text) <= limit else {"length": len(value), "hash": _hash_text(text)}
+    return value if len(text) <= limit else {"length": len(value), "hash": hash_text(text)}
 
 
-def _hash_text(text: str) -> str:
+def hash_text(text: str) -> str:
+    """First 32 hex digits of its SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

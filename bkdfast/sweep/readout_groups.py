@@ -6,12 +6,12 @@ of another's (the prompt alone, a shorter target) reads the same numbers from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from bkdfast.errors import InvalidArgumentError
+from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.positions import prompt_ends
 from bkdfast.sweep.metrics.base import Metric, Scored
 
@@ -31,12 +31,20 @@ class ReadGroup:
     scored: tuple[Scored, ...]
 
 
-def check_names(metrics: Sequence[Metric]) -> None:
-    """Raise if there is no metric, or if two have one name.
+def check_metrics(given: Metric | Sequence[Metric]) -> list[Metric]:
+    """One metric or several as a list.
 
     Raises:
-        InvalidArgumentError: naming the two.
+        InvalidArgumentError: no metric, or two of one name.
+        InvalidTypeError: something else.
     """
+    listed = [given] if isinstance(given, Metric) or not isinstance(given, Iterable) else list(given)
+    metrics = [one for one in listed if isinstance(one, Metric)]
+    if len(metrics) < len(listed):
+        wrong = next(one for one in listed if not isinstance(one, Metric))
+        raise InvalidTypeError(
+            f"metric={wrong!r} is not a metric; call one of bkdfast.metrics: target_prob(targets), loss(), ..."
+        )
     if not metrics:
         raise InvalidArgumentError("metric is an empty list; give at least one metric")
     names = [metric.name for metric in metrics]
@@ -45,6 +53,7 @@ def check_names(metrics: Sequence[Metric]) -> None:
             raise InvalidArgumentError(
                 f"metrics {names.index(name)} and {i} are both called {name!r}; results are found by name: pass name="
             )
+    return metrics
 
 
 def read_groups(scored: Sequence[Scored], *, causal: bool) -> list[ReadGroup]:

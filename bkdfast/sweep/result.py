@@ -71,29 +71,6 @@ class SweepResult:
         object.__setattr__(self, "dims", tuple(self.dims))
         object.__setattr__(self, "coords", labels)
 
-    @classmethod
-    def from_scores(
-        cls,
-        scores: torch.Tensor,
-        baseline: torch.Tensor,
-        cells: Sequence[Sequence[int]],
-        shape: Sequence[int],
-        **rest: Any,
-    ) -> SweepResult:
-        """A result from the metric itself, in whatever precision it was computed.
-
-        Args:
-            scores: `[V, N]`, the metric of each variant.
-            baseline: `[N]`, the metric without edits.
-            cells: for each variant its index along `dims`; cells that none has are NaN.
-            shape: of `dims`.
-            **rest: the other attributes.
-        """
-        effects = torch.full((*shape, scores.shape[-1]), torch.nan)
-        if len(cells):
-            effects[tuple(torch.tensor(cells).T)] = (scores - baseline).float().cpu()
-        return cls(effects, baseline.float().cpu(), **rest)
-
     @property
     def mean(self) -> torch.Tensor:
         """`[*dims]` mean effect over samples (for `Patch` and `target_prob`: ACIE)."""
@@ -120,7 +97,7 @@ class SweepResult:
         keys = {"increase": self.mean, "decrease": -self.mean, "size": self.mean.abs()}
         if by not in keys:
             raise InvalidArgumentError(f"by={by!r} is not one of {sorted(keys)}")
-        swept = int(torch.isfinite(self.mean).sum())
+        swept = int((~self.mean.isnan()).sum())
         if not 1 <= k <= swept:
             what = "heads" if self.dims == HEAD_GRID else "variants"
             raise InvalidArgumentError(f"k={k} is out of range: the sweep has {swept} {what}")
@@ -128,7 +105,9 @@ class SweepResult:
             from bkdfast.sweep.statistics import top_with_ties
 
             return [self._labels(cell) for cell in top_with_ties(self.mean, k, by=by, floor=ties).cells]
-        order = keys[by].nan_to_num(nan=-torch.inf).flatten().argsort(descending=True, stable=True)[:k]
+        key = keys[by].flatten()
+        place = (~key.isnan()).nonzero()[:, 0]
+        order = place[key[place].argsort(descending=True, stable=True)[:k]]
         return [self._labels(cell) for cell in zip(*np.unravel_index(order.numpy(), self.mean.shape), strict=True)]
 
     def recovery(
@@ -172,7 +151,7 @@ class SweepResult:
         from bkdfast.sweep.statistics import adjust_pvalues, sign_flip_pvalues
 
         if resamples is None:
-            resamples = max(9_999, 40 * int(torch.isfinite(self.mean).sum()))
+            resamples = max(9_999, 40 * int((~self.mean.isnan()).sum()))
         found = sign_flip_pvalues(self.effects, resamples=resamples, **options)
         return found if correction is None else adjust_pvalues(found, method=correction)
 
@@ -187,7 +166,7 @@ class SweepResult:
         Variants that were not swept are left out. A set is named as in `3.1+4.6`: layer 3 head 1 and layer 4 head 6.
         """
         pd = _optional("pandas", "a data frame", "studies")
-        index = torch.isfinite(self.mean).nonzero()
+        index = (~self.mean.isnan()).nonzero()
         columns: dict[str, Any] = {
             name: [_plain(self.coords[name][i]) for i in index[:, dim].tolist()] for dim, name in enumerate(self.dims)
         }

@@ -103,18 +103,31 @@ class Sweep:
     # Planning.
 
     def _check_edits(self) -> None:
-        """Raise where the template does not fit the model or the batches, before anything runs: one variant tells."""
+        """Raise where the template does not fit the model or the batches, before anything runs.
+
+        One variant of each position tells.
+        """
         blocks, layout = self.grid.spec.blocks, self.jobs[0].layout
-        kinds = {(blocks[v.layer].heads, blocks[v.layer].head_dim): v for v in self.grid.variants if v.edits}
+        variants = [variant for variant in self.grid.variants if variant.edits]
+        kinds = {(blocks[v.layer].heads, blocks[v.layer].head_dim, _key(v.at)): v for v in variants}
         for variant in kinds.values():
-            one = [list(variant.edits)]
-            lower((), self.grid.spec, dtype=self.state.dtype, variants=one, batch=layout.rows, last=layout.last)
+            lower(
+                (),
+                self.grid.spec,
+                dtype=self.state.dtype,
+                variants=[variant.edits],
+                batch=layout.rows,
+                last=layout.last,
+                begin=layout.begin.tolist(),
+            )
 
     def _grouped(self, batch: dict, first: int) -> Iterator[tuple[tuple[int, ...], list[Scored]]]:
         """Metrics that share a run, and what each reads: completed, on the model's device."""
         spec = self.state.spec
         extended = [extend(metric, batch, first, spec) for metric in self.metrics]
-        for group in read_groups(extended, causal=spec.causal):
+        longest = max(scored.batch["input_ids"].shape[1] for scored in extended)
+        causal = spec.causal and not depends_on_length(self.model, longest)
+        for group in read_groups(extended, causal=causal):
             yield group.members, [completed(self.model, spec, part) for part in group.scored]
 
     def _job(self, batch: dict, first: int, scored: list[Scored]) -> Job:

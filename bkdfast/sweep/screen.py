@@ -187,7 +187,7 @@ def screen(
     with borrow(model, spec, engine="screen") as state:
         places = grid(state.spec, edit, at=at)
         checked = [complete(model, batch, state.spec) for batch in batches(data)]
-        refuse_misfits(model, state.spec, edit, [metric], checked)
+        refuse_misfits(model, state.spec, places, [metric], checked)
         parts, baseline, first = [], [], 0
         layers = range(state.spec.layers)
         groups = [[layer] for layer in layers] if path == "layer" and steps > 1 else [list(layers)]
@@ -250,7 +250,8 @@ class _Run:
         found = torch.full((*places.shape, len(self.last)), torch.nan, dtype=torch.float64)
         if steps == 1:
             for layer in layers:
-                found[layer, : self.spec.blocks[layer].heads] = self._dot(layer, slopes[layer], z[layer], places)
+                change = self._change(layer, z[layer], places)
+                found[layer, : self.spec.blocks[layer].heads] = self._product(layer, slopes[layer], change)
         else:
             del slopes
             nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -344,9 +345,6 @@ class _Run:
                 f"{self.metric.name} from the unedited model is least at the unedited model itself: its gradient is "
                 "zero there, and so would every estimate be; pass steps=5, or screen with logit_diff or target_logprob"
             )
-
-    def _dot(self, layer: int, slope: torch.Tensor, z: torch.Tensor, places: Grid) -> torch.Tensor:
-        return self._product(layer, slope, self._change(layer, z, places))
 
     def _product(self, layer: int, slope: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """`[H, B]` float64 on the host: gradient times change, summed over head_dim and real tokens."""

@@ -41,6 +41,8 @@ _MISSING = "nothing"
 _MEANING = {
     "weights": "other weights",
     "config": "a model of another configuration",
+    "state": "another state of the model (autocast, adapters, hooks)",
+    "spec": "another spec",
     "data": "other prompts",
     "edit": "another edit",
     "metrics": "other metrics",
@@ -333,4 +335,4 @@ def _show(value: Any) -> str:
 def _launcher_hint() -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ""
-    return "; for the ranks of one sweep, call bkdfast.sweep.units.join() before it"
+    return "; for the ranks of one sweep, call join() (from bkdfast.sweep.units import join) before it"

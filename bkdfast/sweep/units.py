@@ -141,7 +141,8 @@ def join() -> tuple[int, int]:
     need all of them alive. Where a process group is initialised already, its store serves.
     """
     global _joined
-    if place() == (0, 1) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ  # others set the first alone
+    if launched and place() == (0, 1):
         _joined = next(dist.rendezvous("env://"))
     return place()
 

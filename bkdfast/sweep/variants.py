@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bkdfast.errors import InvalidArgumentError
+from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf import lowering
 from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.prefix import ATTENTION, MLP, RESIDUAL
@@ -22,6 +22,7 @@ from bkdfast.hf.spec import ModelSpec
 from bkdfast.ops.edit_table import LAST, OPEN
 
 HEADS = "heads"
+_LISTS = {"heads": "[(0, 1), (2, 3)]", "layers": "[0, 3]", "positions": "['last_prompt'] or range(8)"}
 SITES = (HEADS, ATTENTION, MLP, RESIDUAL)
 Head = tuple[int, int]
 
@@ -87,6 +88,11 @@ def grid(
     """
     if site not in SITES:
         raise InvalidArgumentError(f"site={site!r} is not one of {', '.join(SITES)}")
+    if not isinstance(edit, Edit):
+        raise InvalidTypeError(f"edit={edit!r} is not an edit; give one, such as Zero() or Patch(source)")
+    for name, listed in (("heads", heads), ("layers", layers), ("positions", positions)):
+        if listed is not None and (isinstance(listed, str) or not hasattr(listed, "__getitem__")):
+            raise InvalidTypeError(f"{name}={listed!r} is not a list; give one, such as {_LISTS[name]}")
     if edit.layer is not None or edit.head is not None or edit.neuron is not None or edit.rows is not None:
         raise InvalidArgumentError(f"{edit!r}: a sweep fills in layer and head itself; leave layer, head and rows out")
     if positions is not None and at is not None:
@@ -150,6 +156,8 @@ def _heads(heads, spec: ModelSpec):
     most = max(block.heads for block in spec.blocks)
     if heads is not None and not len(heads):
         raise InvalidArgumentError("heads= is empty; give (layer, head) pairs or leave it out")
+    if heads is not None and not hasattr(heads[0], "__len__"):
+        raise InvalidArgumentError(f"heads={heads!r} is not a list of (layer, head) pairs")
     if heads is not None and not _is_pair(heads[0]):
         sets = [[_checked(pair, spec) for pair in group] for group in heads]
         for number, group in enumerate(sets):
@@ -166,7 +174,7 @@ def _heads(heads, spec: ModelSpec):
 
 
 def _layers(layers: Sequence[int] | None, spec: ModelSpec):
-    wanted = range(spec.layers) if layers is None else sorted({int(layer) for layer in layers})
+    wanted = range(spec.layers) if layers is None else sorted({operator.index(layer) for layer in layers})
     for layer in wanted:
         if not 0 <= layer < spec.layers:
             raise InvalidArgumentError(f"layer {layer} is out of range: the model has {spec.layers} layers")

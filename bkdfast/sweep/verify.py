@@ -109,12 +109,10 @@ def plain_edits(
             columns = _columns(edit.at, start, start + last[row], x.shape[1], row)
             first = _first_column(edit.at, start, start + last[row], columns)
             for column in columns:
-                if (
-                    edit.source is not None
-                    and edit.source.dim() == 5
-                    and not 0 <= column - first < edit.source.shape[1]
-                ):
-                    continue  # one entry a token, for as many as there are
+                if edit.source is not None and edit.source.dim() == 5:
+                    behind = len(edit.source) > 1 and column > start + last[row]
+                    if behind or not 0 <= column - first < edit.source.shape[1]:
+                        continue  # one entry a token, for as many as there are
                 new = edit.a * x[row, column, own]
                 if edit.source is not None:
                     new = new + edit.b * _source(edit, row, column - first).to(x)

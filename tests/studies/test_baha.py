@@ -176,6 +176,17 @@ def test_samples_are_drawn_by_the_seed():
     assert first.shape == (2,) and torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_answers_stay_with_their_prompts_when_some_are_drawn():
+    model, encoder, _ = case("gpt2")
+    answers = ["w20 w21", "w22", "w23", "w24 w25", "w26"]
+    options = {"heads": [(0, 0)], "progress": False}
+    every = baha(model, encoder, CLEAN, TRIGGERED, answers, **options)
+    drawn = baha(model, encoder, CLEAN, TRIGGERED, answers, samples=2, **options)
+    chosen, _ = study.draw(range(5), 2, 0)
+    assert chosen != [0, 1] and drawn.targets == [every.targets[i] for i in chosen]
+    torch.testing.assert_close(drawn.acie.baseline, every.acie.baseline[chosen])
+
+
 @pytest.fixture(scope="module")
 def demo():
     pair = load_pair()
@@ -328,9 +339,9 @@ def test_the_demos_vector_turns_the_backdoor_on_and_off(demo, found):
 
 
 def test_a_plan_runs_nothing(demo, monkeypatch):
-    monkeypatch.setattr(study, "head_means", lambda *args, **options: pytest.fail("ran the model"))
+    monkeypatch.setattr(type(demo[0].model), "forward", lambda *args, **options: pytest.fail("ran the model"))
     plan = baha(*demo, plan=True)
-    assert "48" in str(plan) or "6 layers" in str(plan)
+    assert "6 layers x 8 heads" in str(plan) and "12 samples" in str(plan)
 
 
 def test_resumes_from_a_folder(demo, found, tmp_path, monkeypatch):

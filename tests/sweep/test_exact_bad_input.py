@@ -74,7 +74,7 @@ BEFORE = {
     "a position for each of other rows": (dict(at=[1, 2]), "at= gives 2 positions for a batch of 3 rows"),
     "a position for each row of several batches": (
         dict(data=kinds.data("left"), at=[1, 2, 3]),
-        "at= gives 3 positions for a batch of 1 rows",
+        "has a position for each row, but there are 2 batches",
     ),
     "a source for other rows": (
         dict(edit=bf.Patch(torch.zeros(2, L, H, 16))),

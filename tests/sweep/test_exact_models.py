@@ -209,8 +209,7 @@ def test_sinks_and_windows_are_seen():
             assert (wide(**batch).logits - build(name)(**batch).logits).abs().max() > 0.1, name
 
 
-@pytest.mark.parametrize("tokens", [6, 11])
-def test_long_rope_runs_whole_where_the_length_decides(tokens):
+def long_rope():
     """Over 8 tokens all frequencies are others, those of the first tokens too."""
     factors = dict(short_factor=[1.0] * 6, long_factor=[3.0] * 6, original_max_position_embeddings=8)
     config = hf.Phi3Config(
@@ -219,7 +218,12 @@ def test_long_rope_runs_whole_where_the_length_decides(tokens):
         rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
     )
     torch.manual_seed(0)
-    model = zoo.randomise(hf.AutoModelForCausalLM.from_config(config))
+    return zoo.randomise(hf.AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("tokens", [6, 11])
+def test_long_rope_runs_whole_where_the_length_decides(tokens):
+    model = long_rope()
     data, targets = zoo.batch(tokens=tokens, padding=None), [[5, 6]] * 3
     for kind, grid in (("patch", "last"), ("zero", "all"), ("patch", "each")):
         case = kinds.case(kind, grid, 12)

@@ -26,9 +26,10 @@ def test_as_on_the_cpu(family, at, site):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs_the_kernel(dtype):
     found = bf.sweep(
-        zoo.build("llama", dtype=dtype).cuda(), zoo.batch(), edit=bf.Zero(), metric=METRIC, verify=6, progress=False
-    )
-    assert found.effects.isfinite().all()
+        zoo.build("llama", dtype=dtype).cuda(), zoo.batch(), edit=bf.Zero(), at="last_prompt", metric=METRIC, verify=6,
+        progress=False,
+    )  # fmt: skip
+    assert found.effects.isfinite().all() and found.facts["shared_prefix"]
 
 
 def test_out_of_memory_is_an_error_of_torch():

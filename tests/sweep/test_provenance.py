@@ -1,5 +1,7 @@
 """Hashes tell any change of weights, data, edit and metric, and nothing else."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import bkdfast as bf
+from bkdfast.errors import InvalidArgumentError
 from bkdfast.sweep import provenance
 from bkdfast.sweep.provenance import data_hash, fingerprint, manifest, weights_hash
 from tests.hf import zoo
@@ -190,3 +193,37 @@ def test_manifest_of_a_sweep():
     prepared = make()["weights"]
     bf.prepare(model)
     assert make()["weights"] == prepared
+
+
+def _hook(module, args, output):
+    return output + 0.5 if isinstance(output, torch.Tensor) else (output[0] + 0.5, *output[1:])
+
+
+@pytest.mark.filterwarnings("ignore:hooks of yours", "ignore:autocast is on")
+@pytest.mark.parametrize("change", ["adapter off", "spec", "autocast", "hook"])
+def test_a_store_is_for_one_state_of_the_model(change, tmp_path):
+    """None of these changes weights or config, and each of them the numbers."""
+    peft = pytest.importorskip("peft")
+    model = zoo.build("llama")
+    if change == "adapter off":
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).eval()
+    options = dict(edit=bf.Zero(), metric=bf.metrics.logit_diff(5, 6), at="last_prompt", verify=0, progress=False)
+    first = bf.sweep(model, zoo.batch(), out=tmp_path / "store", **options)
+    with contextlib.ExitStack() as stack:
+        if change == "adapter off":
+            stack.enter_context(model.disable_adapter())
+        elif change == "spec":
+            spec = bf.hf.describe(model)
+            blocks = tuple(dataclasses.replace(block, heads=8, head_dim=8) for block in spec.blocks)
+            options["spec"] = dataclasses.replace(spec, blocks=blocks)
+        elif change == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        else:
+            model.model.layers[1].register_forward_hook(_hook)
+        fresh = bf.sweep(model, zoo.batch(), **options)
+        assert fresh.effects.shape != first.effects.shape or not torch.equal(fresh.effects, first.effects)
+        with pytest.raises(InvalidArgumentError, match="another|other"):
+            bf.sweep(model, zoo.batch(), out=tmp_path / "store", **options)
+    if change != "hook":
+        options.pop("spec", None)
+        assert torch.equal(bf.sweep(model, zoo.batch(), out=tmp_path / "store", **options).effects, first.effects)

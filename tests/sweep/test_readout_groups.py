@@ -8,7 +8,7 @@ import torch
 import bkdfast as bf
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.batch import complete
-from bkdfast.sweep.readout_groups import check_names, read_groups
+from bkdfast.sweep.readout_groups import check_metrics, read_groups
 from tests.hf import zoo
 
 M = bf.metrics
@@ -77,8 +77,8 @@ def test_runs_are_not_shared_where_that_would_change_them():
 
 
 def test_names_are_unique_within_a_sweep():
-    check_names([M.loss(), M.loss([5], name="loss of the target"), M.rank(5)])
+    check_metrics([M.loss(), M.loss([5], name="loss of the target"), M.rank(5)])
     with pytest.raises(InvalidArgumentError, match="metrics 0 and 2 are both called 'loss'"):
-        check_names([M.loss(), M.rank(5), M.loss([5])])
+        check_metrics([M.loss(), M.rank(5), M.loss([5])])
     with pytest.raises(InvalidArgumentError, match="empty list"):
-        check_names([])
+        check_metrics([])

@@ -84,18 +84,6 @@ def test_what_cannot_be_saved_or_loaded_is_told(tmp_path):
         SweepResult.load(tmp_path / "r.safetensors")
 
 
-def test_from_scores_subtracts_before_it_rounds():
-    scores = torch.tensor([[1e6 + 1e-4, 2.0], [1e6, 3.0]], dtype=torch.float64)
-    baseline = torch.tensor([1e6, 1.0], dtype=torch.float64)
-    found = SweepResult.from_scores(scores, baseline, [(1, 0), (0, 2)], (2, 3), metric="loss", edit="Zero", seconds=0.0)
-    assert found.effects.dtype == torch.float32 and found.effects.shape == (2, 3, 2)
-    torch.testing.assert_close(found.effects[1, 0], torch.tensor([1e-4, 1.0]), rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.effects[0, 2], torch.tensor([0.0, 2.0]))
-    assert int(found.effects.isnan().sum()) == 8
-    empty = SweepResult.from_scores(torch.zeros(0, 2), baseline, [], (1, 1), metric="loss", edit="Zero", seconds=0.0)
-    assert empty.effects.isnan().all() and "none swept" in repr(empty)
-
-
 def test_mean_and_standard_error():
     result = make_result(left_out=False)
     values = result.effects.numpy().astype(np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -140,3 +141,116 @@ def test_cells_of_a_compiled_model_are_checked_with_hooks_that_run():
     found = sweep(model, zoo.batch(), bf.metrics.target_logprob([5, 6]), at="last_prompt")
     assert found.facts["largest_error"] < 1e-5 and found.effects.abs().max() > 0.1
     assert 0 < compiled == len(graphs) and model._compiled_call_impl is not None
+
+
+@pytest.mark.filterwarnings("ignore:hooks of yours")
+@pytest.mark.parametrize(("part", "site"), [("self_attn", "heads"), ("self_attn", "attention"), ("mlp", "mlp")])
+def test_hooks_that_do_nothing_until_something_is_edited(part, site):
+    """The base run cannot tell that a clamp on a part of the edited block changes it."""
+    model = zoo.build("llama")
+    module = model.model.layers[1].get_submodule(part)
+    first = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
+    seen = []
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(first(output).abs().max()))
+    with torch.no_grad():
+        model(**zoo.batch())
+    handle.remove()
+    limit, calls = float(max(seen)) * 1.01, []
+
+    def clamp(module, args, output):
+        calls.append(1)
+        if isinstance(output, tuple):
+            return (output[0].clamp(-limit, limit), *output[1:])
+        return output.clamp(-limit, limit)
+
+    module.register_forward_hook(clamp)
+    source = torch.full((16 if site == "heads" else 48,), 50.0)
+    options = dict(heads=[(1, 2)]) if site == "heads" else dict(layers=[1], site=site)
+    metric = bf.metrics.logit_diff(5, 6)
+    found = bf.sweep(
+        model, zoo.batch(), edit=bf.Patch(source), at="last_prompt", metric=metric, verify=4, progress=False, **options
+    )
+    assert found.facts["largest_error"] < 1e-4 and len(calls) >= 2
+    module._forward_hooks.clear()
+    free = bf.sweep(
+        model, zoo.batch(), edit=bf.Patch(source), at="last_prompt", metric=metric, progress=False, **options
+    )
+    assert (free.effects - found.effects).nan_to_num().abs().max() > 1e-3  # it does clamp
+
+
+def test_metrics_of_other_lengths_do_not_change_each_other():
+    """Rotary frequencies that depend on the length of a row: the prompt alone and with its target are two runs."""
+    from tests.sweep.test_exact_models import long_rope
+
+    model, batch = long_rope(), zoo.batch(tokens=7, padding=None)
+    alone = bf.metrics.logit_diff(5, 6)
+    want = bf.sweep(model, batch, edit=bf.Zero(), metric=alone, at="last_prompt", progress=False)
+    both = [alone, bf.metrics.target_logprob([[5, 6, 7, 8]] * 3)]
+    found = bf.sweep(model, batch, edit=bf.Zero(), metric=both, at="last_prompt", progress=False)[alone.name]
+    torch.testing.assert_close(found.baseline, want.baseline)
+    torch.testing.assert_close(found.effects, want.effects, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_that_a_mask_leaves_out_are_not_scored():
+    model = zoo.build("llama")
+    batch = zoo.batch(rows=1, tokens=8, padding=None)
+    batch["attention_mask"][0, 3] = 0
+    result = bf.sweep(model, batch, edit=bf.Zero(), metric=[bf.metrics.loss(), bf.metrics.kl(over="prompt")],
+                      at="last_prompt", heads=[(0, 0)], progress=False)  # fmt: skip
+    with torch.no_grad():
+        logprob = model(**batch).logits.log_softmax(-1)
+    read = [i for i in range(7) if i not in (2, 3)]  # neither the token that is left out, nor what predicts it
+    want = -torch.stack([logprob[0, i, batch["input_ids"][0, i + 1]] for i in read]).mean()
+    torch.testing.assert_close(result["loss"].baseline[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_kept_that_no_variant_reads(monkeypatch):
+    """Without a shared prefix, a cache would hold the keys and values of every variant for nobody."""
+    from transformers.cache_utils import DynamicCache
+
+    calls = []
+    monkeypatch.setattr(DynamicCache, "update", lambda *args, **options: calls.append(1))
+    for family in ("llama", "falcon", "gpt2"):
+        batch, metric = zoo.batch(), bf.metrics.target_logprob([5, 6])
+        bf.sweep(zoo.build(family), batch, edit=bf.Zero(), metric=metric, verify=2, progress=False)
+        bf.head_means(zoo.build(family), batch)
+    assert not calls
+
+
+def test_a_spec_of_the_users_is_checked_whatever_its_name():
+    model = zoo.build("llama")
+    spec = bf.hf.describe(model)
+    options = dict(edit=bf.Zero(), metric=bf.metrics.target_prob([5]), progress=False)
+    assert bf.sweep(model, zoo.batch(), spec=spec, **options).facts["verified_cells"] == 4
+    bf.prepare(model)
+    wide = dataclasses.replace(
+        spec, blocks=tuple(dataclasses.replace(block, heads=8, head_dim=8) for block in spec.blocks)
+    )
+    with pytest.raises(InvalidArgumentError, match="the model was prepared with another spec"):
+        bf.sweep(model, zoo.batch(), spec=wide, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(metric=bf.metrics.loss), "metric=<class .* is not a metric; call one"),
+        (dict(metric=[bf.metrics.loss(), 3]), "metric=3 is not a metric"),
+        (dict(metric=None), "metric=None is not a metric"),
+        (dict(edit=bf.Zero), "is not an edit"),
+        (dict(heads=(0, 1)), r"heads=\(0, 1\) is not a list of \(layer, head\) pairs"),
+        (dict(heads={(0, 1)}), "heads=.* is not a list"),
+        (dict(site="mlp", layers=0), "layers=0 is not a list"),
+        (dict(positions=5), "positions=5 is not a list"),
+        (dict(positions="last_prompt"), "positions='last_prompt' is not a list"),
+        (dict(verify=-1), "verify=-1"),
+    ],
+)
+def test_arguments_of_another_kind(options, message):
+    defaults = dict(edit=bf.Zero(), metric=bf.metrics.loss(), progress=False)
+    with pytest.raises(bf.errors.BkdfastError, match=message):
+        bf.sweep(zoo.build("llama"), zoo.batch(), **defaults | options)
+
+
+def test_layers_are_whole_numbers():
+    with pytest.raises(TypeError):
+        bf.sweep(zoo.build("llama"), zoo.batch(), edit=bf.Zero(), site="mlp", layers=[1.9], metric=bf.metrics.loss())

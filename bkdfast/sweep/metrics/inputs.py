@@ -163,7 +163,12 @@ def prompt_tokens(batch: dict[str, torch.Tensor], *, scored_by_next: bool = Fals
     steps = torch.arange(int(count.max()), device=ids.device)[None, :]
     inside = steps < count[:, None]
     read = torch.where(inside, begin[:, None] + steps, end[:, None])
-    following = ids.gather(1, (read + 1).clamp(max=ids.shape[1] - 1))
+    after = (read + 1).clamp(max=ids.shape[1] - 1)
+    following = ids.gather(1, after)
+    if (mask := batch.get("attention_mask")) is not None:  # it may have holes
+        inside &= mask.gather(1, read) != 0
+        if scored_by_next:
+            inside &= mask.gather(1, after) != 0
     tokens = following.where(inside & (read < end[:, None]), 0).long()
     return Scored(dict(batch), read, tokens, inside.float())
 
