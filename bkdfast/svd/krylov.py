@@ -28,6 +28,7 @@ from torch import Tensor
 
 from bkdfast.errors import NonFiniteError
 from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
+from bkdfast.svd.certificate import Angles, angles, upper_limits
 from bkdfast.svd.numerics import full_precision, threads
 
 DENSE_SIDE = 256
@@ -37,6 +38,8 @@ _WIDTH = 16
 _FLOOR = 2.0
 # Directions of the next block with less than this many times the rounding of Z are rounding.
 _SIGNAL = 4.0
+# A gap between squared singular values, relative to the larger one, that is worth further passes to certify.
+_GAP = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Triplets:
         changed: number of entries that differ.
         passes: how often both matrices were read.
         converged: every residual is below `tolerance * s` or at the rounding floor.
+        angles: bounds on the vectors' angles, `bkdfast.svd.certificate`.
     """
 
     u: Tensor
@@ -62,6 +66,7 @@ class Triplets:
     changed: int
     passes: int
     converged: bool
+    angles: Angles
 
 
 def leading_triplets(
@@ -133,10 +138,11 @@ class _Basis:
     """Q, Z = D^T D Q and the left factorisation D Q = P R of the blocks so far, all float64.
 
     `noise` is the rounding of a column of D X; that of column j of Z is `noise * size[j]`, with `size` = |D q_j|.
+    `start` `[w, w]` has the Gaussian start block in terms of the first block of Q; None: it is not in this basis.
     """
 
-    def __init__(self, q: Tensor, y: Tensor, z: Tensor, noise: float) -> None:
-        self.noise = noise
+    def __init__(self, q: Tensor, y: Tensor, z: Tensor, noise: float, start: Tensor | None = None) -> None:
+        self.noise, self.start, self.blocks = noise, start, 1
         self.q, self.z = q, z  # [n, w]
         self.p, self.r = torch.linalg.qr(y)  # [m, w], [w, w]
         self.size = torch.linalg.vector_norm(y, dim=0)  # [w]
@@ -151,6 +157,15 @@ class _Basis:
         self.q, self.z = torch.cat((self.q, q), 1), torch.cat((self.z, z), 1)
         self.size = torch.cat((self.size, torch.linalg.vector_norm(y, dim=0)))
         self.newest = q.shape[1]
+        self.blocks += 1
+
+    def limits(self, s: Tensor, w: Tensor) -> Tensor:
+        """Upper bounds on the squared singular values, given all Ritz triplets."""
+        if self.start is None:
+            return s.new_full((1,), math.inf)
+        share = (w[: len(self.start)].T @ self.start).square().sum(1)[: len(s)]
+        slack = _SIGNAL * self.noise * float(s[0])
+        return upper_limits(s.square().cpu(), share.cpu(), self.start.shape[1], self.blocks - 1, slack)
 
     @property
     def single(self) -> bool:
@@ -183,19 +198,26 @@ class _Basis:
 
 def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int) -> Triplets:
     m, n = operator.w0.shape
-    x = _start_block(n, width, seed, operator)
+    x, start = _start_block(n, width, seed, operator)
     y, z, frobenius, changed = operator.first(x)
     if frobenius == 0:
         return _nothing(m, n, operator.dtype, changed, operator.passes)
     floor = _FLOOR * torch.finfo(operator.dtype).eps * frobenius
-    basis = _Basis(x, y, z, floor)
+    basis = _Basis(x, y, z, floor, start)
+    limits = basis.z.new_full((1,), math.inf).cpu()
     while True:
-        u, s, w = basis.ritz()
-        k = min(rank, int((s > floor).sum()))
-        s, w = s[:k], w[:, :k]
+        u, ritz, w = basis.ritz()
+        k = min(rank, int((ritz > floor).sum()))
+        if basis.start is not None:
+            limits = basis.limits(ritz, w)
+        s, w = ritz[:k], w[:, :k]
         residual, uncertainty = basis.residual(s, w)
         failing = residual > tolerance * s + floor
-        if operator.passes >= max_passes or (operator.passes > 1 and not failing.any()):
+        bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
+        settled = not failing.any() and (
+            basis.start is None or not _promising(bounds, ritz.cpu(), limits, tolerance, floor)
+        )
+        if operator.passes >= max_passes or (operator.passes > 1 and settled):
             break
         only_rounding = not basis.single and bool((residual <= uncertainty)[failing].all())
         x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
@@ -214,7 +236,22 @@ def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_p
         changed=changed,
         passes=operator.passes,
         converged=not bool(failing.any()),
+        angles=bounds,
     )
+
+
+def _promising(bounds: Angles, s: Tensor, limits: Tensor, tolerance: float, floor: float) -> bool:
+    """Another pass may bring some angle's bound below the tolerance: the gap that it needs is there."""
+    reach = len(limits)
+    for i in range(len(bounds.vector)):
+        if min(float(bounds.vector[i]), float(bounds.subspace[i])) <= tolerance:
+            continue
+        squares = s.square()
+        gaps = squares[i] - squares[i + 1 : reach]
+        wide = gaps > max(_GAP * float(squares[i]), float(s[0]) * floor / tolerance)
+        if bool(wide.any()):
+            return True
+    return False
 
 
 def _realign(basis: _Basis, operator: _Operator, width: int) -> _Basis:
@@ -232,11 +269,25 @@ def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
         return _nothing(m, n, dtype, changed, passes=1)
     delta = w1.double() - w0.double()
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    values = s.cpu()
     k = min(rank, int((s > _FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
     u, s, v = u[:, :k], s[:k], vt[:k].T
     residual = torch.linalg.vector_norm(delta.T @ u - s * v, dim=0)
     rounding = _FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
-    return Triplets(*_finish(u, s, v, dtype), (residual + rounding).cpu(), frobenius, changed, passes=1, converged=True)
+    return Triplets(
+        *_finish(u, s, v, dtype),
+        residual=(residual + rounding).cpu(),
+        frobenius=frobenius,
+        changed=changed,
+        passes=1,
+        converged=True,
+        angles=angles(values, (residual + rounding).cpu(), _known(values), rounding, torch.finfo(dtype).eps),
+    )
+
+
+def _known(s: Tensor) -> Tensor:
+    """Limits where all singular values are known."""
+    return torch.cat((s.new_full((1,), math.inf), s[1:].square(), s.new_zeros(1)))
 
 
 def _norm_and_count(sketch: DeltaSketch) -> tuple[float, int]:
@@ -249,7 +300,8 @@ def _norm_and_count(sketch: DeltaSketch) -> tuple[float, int]:
 def _nothing(m: int, n: int, dtype: torch.dtype, changed: int, passes: int) -> Triplets:
     empty = torch.empty(0, dtype=torch.float64)
     u, v = torch.empty(m, 0, dtype=dtype), torch.empty(n, 0, dtype=dtype)
-    return Triplets(u, empty, v, empty.clone(), 0.0, changed, passes, True)
+    nothing = Angles(empty.clone(), empty.clone(), torch.empty(0, dtype=torch.int64))
+    return Triplets(u, empty, v, empty.clone(), 0.0, changed, passes, True, nothing)
 
 
 def _finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,10 +312,12 @@ def _finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return u.to("cpu", dtype).contiguous(), s.cpu(), v.to("cpu", dtype).contiguous()
 
 
-def _start_block(n: int, width: int, seed: int, operator: _Operator) -> Tensor:
+def _start_block(n: int, width: int, seed: int, operator: _Operator) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of a Gaussian block, and the block in terms of it."""
     # A CPU generator: the same block on every device.
     gaussian = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return _rounded(torch.linalg.qr(gaussian.to(operator.w0.device))[0], operator.dtype)
+    q, r = torch.linalg.qr(gaussian.to(operator.w0.device))
+    return _rounded(q, operator.dtype), r
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
