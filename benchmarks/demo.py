@@ -131,8 +131,9 @@ def block(facts: dict) -> str:
     lines += [
         "",
         f"Median of {facts['runs']} runs on {machine['cpu']}, {threads}, torch {versions['torch']} "
-        "(`benchmarks/results/demo.json`). Attribution gains from not running the blocks before the edited one. The "
-        "model is tiny: most of each step is the model's own time, and what the kernels save shows in the next table.",
+        "(`benchmarks/results/demo.json`). Attribution gains from not running the blocks and the tokens before the "
+        "edited one. The model is tiny: most of each step is the model's own time, and what the kernels save shows in "
+        "the next table.",
     ]
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bkdfast.hf.prepare import Hook
+from bkdfast.hf.spec import device_of
 
 WHOLE = 4 << 30
 """Models of at most this many bytes are hashed whole (seconds); of larger ones a sum and a sample."""
@@ -81,7 +82,7 @@ def manifest(
 
 def state(model: torch.nn.Module) -> dict[str, Any]:
     """What changes a model's numbers beside weights and config: autocast, adapters that are on or off, hooks."""
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = device_of(model).type
     found: dict[str, Any] = {"autocast": None, "adapters": {}, "hooks": []}
     if torch.is_autocast_enabled(device):
         found["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")

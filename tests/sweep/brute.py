@@ -26,6 +26,7 @@ class Place:
     head: int
     token: int
     index: int
+    prompt: int  # tokens of the sample's prompt
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Brute:
             width = x.shape[-1] // self.heads if change.site == HEADS else x.shape[-1]
             own = slice(change.head * width, (change.head + 1) * width)
             for i, token in enumerate(tokens_of(change.at, prompt, total, sample)):
-                place = Place(sample, change.layer, change.head, token, i)
+                place = Place(sample, change.layer, change.head, token, i, prompt)
                 x[0, token, own] = change.value(x[0, token, own].clone(), place).to(x.dtype)
             return x.view(shape)
 

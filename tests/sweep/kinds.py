@@ -96,8 +96,8 @@ def case(kind: str, grid: str, width: int, *, site: str = HEADS) -> Case:
         found = source[place.sample if len(source) > 1 else 0] if source.dim() > len(shape) else source
         if kind in BY_TOKEN:
             token = place.token if axis else place.index
-            if token >= len(found):
-                return None
+            if token >= len(found) or (kind in BY_ROW and place.token >= place.prompt):
+                return None  # a row's own source has nothing for its target
             found = found[token]
         return found[place.layer, place.head] if heads else found[place.layer]
 

@@ -43,7 +43,7 @@ def hook_loop(model, family, batch, variants) -> torch.Tensor:
             for row, length in enumerate(lengths):
                 total = z.shape[1] - first[row]
                 for i, token in enumerate(tokens_of(change.at, length, total, row)):
-                    place = Place(row, change.layer, change.head, token, i)
+                    place = Place(row, change.layer, change.head, token, i, length)
                     cell = z[row, first[row] + token, own].clone()
                     z[row, first[row] + token, own] = change.value(cell, place).to(z.dtype)
             return (z, *args[1:])

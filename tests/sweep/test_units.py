@@ -267,7 +267,7 @@ def test_many_processes_need_a_store(monkeypatch):
 def test_ranks_that_did_not_join_are_told_to(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     store = Store.open(tmp_path, MANIFEST)
-    with store.lock(), pytest.raises(StoreError, match=r"call bkdfast.sweep.units.join\(\)"):
+    with store.lock(), pytest.raises(StoreError, match=r"call join\(\) \(from bkdfast.sweep.units import join\)"):
         list(run_units(3, compute, Store.open(tmp_path, MANIFEST), progress=False))
 
 
