@@ -84,8 +84,9 @@ def upper_limits(theta: Tensor, share: Tensor, width: int, degree: int, slack: f
 
 
 def christoffel(nodes: Tensor, weight: Tensor, degree: int, at: Tensor) -> Tensor:
-    """`max p(at)^2 / sum_i weight_i p(nodes_i)^2` over polynomials p of a degree, at places `[A]`; infinite where no
-    polynomial is too large for the nodes (fewer of them than coefficients).
+    """`max p(at)^2 / sum_i weight_i p(nodes_i)^2` over polynomials p of a degree, at places `[A]`.
+
+    Infinite where there are no more nodes than the degree: a polynomial can vanish at all of them.
     """
     total = float(weight.sum())
     if total <= 0:

@@ -214,18 +214,17 @@ def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_p
         residual, uncertainty = basis.residual(s, w)
         failing = residual > tolerance * s + floor
         bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
-        settled = not failing.any() and (
-            basis.start is None or not _promising(bounds, ritz.cpu(), limits, tolerance, floor)
-        )
-        if operator.passes >= max_passes or (operator.passes > 1 and settled):
+        stuck = bool(failing.any())
+        promising = basis.start is not None and _promising(bounds, ritz.cpu(), limits, tolerance, floor)
+        if operator.passes >= max_passes or (operator.passes > 1 and not stuck and not promising):
             break
-        only_rounding = not basis.single and bool((residual <= uncertainty)[failing].all())
+        only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
         x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
         if x.shape[1] > 0:
             x = _rounded(x, operator.dtype)
             y, z, _ = operator(x)
             basis.append(x, y, z)
-        elif not basis.single:
+        elif stuck and not basis.single:
             basis = _realign(basis, operator, width)
         else:
             break

@@ -39,8 +39,8 @@ class TensorDelta:
         changed: number of entries that differ.
         angle: for each triplet `[k]`, float64, a bound on the sine of the angles between its vectors and the true ones,
             the larger of left and right; 1 where its neighbours are too close to tell it from them.
-        subspace: for each triplet `[k]`, float64, a bound on the sine of the angles between its vectors and the spans of
-            the leading `dimension` true vectors; 1 where no gap behind it is certain.
+        subspace: for each triplet `[k]`, float64, a bound on the sine of the angles between its vectors and the spans
+            of the leading `dimension` true vectors; 1 where no gap behind it is certain.
         dimension: `[k]` int64, at least i + 1 for triplet i; 0 where `subspace` is 1. The bounds hold but for a
             probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
         passes: how often both matrices were read.
@@ -187,7 +187,7 @@ class DeltaSVD(Mapping[str, TensorDelta]):
         try:
             deltas = {}
             for name, scalars in metadata["tensors"].items():
-                parts = {part: tensors[f"{name}.{part}"] for part in _PARTS}
+                parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in _PARTS}
                 scalars = {key: scalars[key] for key in _SCALARS}
                 shape = parts["u"].shape[0], parts["v"].shape[0]
                 deltas[name] = TensorDelta(name, shape, **parts, **scalars)

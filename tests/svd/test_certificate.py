@@ -49,8 +49,8 @@ def check(kind: str, number: int) -> tuple[int, int]:
     for i in range(len(found.s)):
         for true, made in ((u, found.u), (vt.T, found.v)):
             bound, j = float(found.angles.subspace[i]), int(found.angles.dimension[i])
-            assert off(true[:, i : i + 1], made[:, i].double()) <= float(found.angles.vector[i]) + 1e-14
-            assert j == 0 or (j > i and off(true[:, :j], made[:, i].double()) <= bound + 1e-14)
+            assert off(true[:, i : i + 1], made[:, i].double()) <= float(found.angles.vector[i]) + 1e-13
+            assert j == 0 or (j > i and off(true[:, :j], made[:, i].double()) <= bound + 1e-13)
     return int((found.angles.subspace < 0.01).sum()), len(found.s)
 
 
@@ -62,14 +62,14 @@ def test_the_true_angle_never_exceeds_the_bound(kind):
     assert useful >= share * total
 
 
-def test_ritz_values_instead_of_limits_would_be_caught(monkeypatch):
-    """They are too small where something was missed; then some bound is wrong."""
+def test_limits_that_are_too_small_would_be_caught(monkeypatch):
+    """Of two equal singular values neither has a vector of its own, which limits that are too small would grant it."""
     monkeypatch.setattr(
-        krylov, "upper_limits", lambda theta, *rest: torch.cat([theta.new_full((1,), float("inf")), theta[1:12]])
+        krylov, "upper_limits", lambda theta, *rest: torch.cat([theta.new_full((1,), float("inf")), theta[1:12] / 2])
     )
     with pytest.raises(AssertionError):
-        for number in range(40):
-            check("harmonic", number)
+        for number in range(10):
+            check("pairs", number)
 
 
 @pytest.mark.parametrize("degree", [0, 1, 4, 9])
@@ -90,12 +90,12 @@ def test_limits_hold_and_are_close():
     """Of sigma^2 itself, for many start blocks; with more blocks they come close."""
     s = torch.arange(1, 301, dtype=FP64) ** -0.5
     w0, w1 = torch.zeros(300, 300), with_spectrum(300, 300, s).float()
-    for seed in range(20):
-        seen = []
-        original = krylov.upper_limits
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(krylov, "upper_limits", lambda *given: seen.append(original(*given)) or seen[-1])
-            leading_triplets(w0, w1, rank=8, seed=seed, tolerance=1e-7)
-        for limits in seen:
-            assert (limits[1:] >= s[1 : len(limits)].square() - 1e-6).all()
-        assert (seen[-1][1:7].sqrt() <= 1.03 * s[1:7]).all()
+    seen, original = [], krylov.upper_limits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(krylov, "upper_limits", lambda *given: seen.append(original(*given)) or seen[-1])
+        for seed in range(10):
+            found = leading_triplets(w0, w1, rank=8, seed=seed)
+            assert found.angles.subspace.max() <= 1e-4
+            assert (seen[-1][1:7].sqrt() <= 1.05 * s[1:7]).all()
+    for limits in seen:
+        assert (limits[1:] >= s[1 : len(limits)].square() - 1e-6).all()

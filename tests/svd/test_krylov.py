@@ -185,9 +185,9 @@ def test_max_passes_is_kept():
 
 def test_tolerance_buys_passes():
     w0, w1, _ = pair(with_spectrum(700, 500, harmonic(500)))
-    loose = leading_triplets(w0, w1, rank=8, tolerance=1e-2)
+    loose = leading_triplets(w0, w1, rank=8, tolerance=1e-1)
     tight = leading_triplets(w0, w1, rank=8, tolerance=1e-5)
-    assert loose.passes < tight.passes and (loose.residual / loose.s).max() > (tight.residual / tight.s).max()
+    assert loose.passes < tight.passes and loose.angles.subspace.max() > tight.angles.subspace.max()
 
 
 def test_same_seed_same_bits_whatever_the_threads():
