@@ -23,13 +23,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FAILURE = 1e-6
 """Probability, over the start block, that some bound of a tensor does not hold."""
 _LEAST_OVERSAMPLING = 4  # of proposition 10.4
-_HALVINGS = 40
+_PLACES = 200  # at which a limit is tried between two Ritz values
 
 
 class Angles(NamedTuple):
@@ -57,58 +58,49 @@ def upper_limits(theta: Tensor, share: Tensor, width: int, degree: int, slack: f
         slack: added for rounding of the Krylov space, in units of theta.
 
     Returns:
-        `[J]` float64, J = w - 4; infinite where nothing below `theta_j` can be said (`theta_0` is infinite: entry 0 is
-        the bound on the norm, never finite here).
+        `[J]` float64, J = w - 4; infinite where nothing below the j-th Ritz value can be said. (Entry 0 would bound the
+        norm of D, and is infinite.)
     """
-    count = min(width - _LEAST_OVERSAMPLING, len(theta))
-    limits = torch.full((max(count, 1),), math.inf, dtype=torch.float64)
+    nodes, weight = theta.double().cpu().numpy(), (theta * share).double().cpu().numpy()
+    count = max(min(width - _LEAST_OVERSAMPLING, len(nodes)), 1)
+    limits = np.full(count, np.inf)
     for j in range(1, count):
+        low, high = nodes[j], nodes[j - 1]
+        if high - low <= slack:
+            continue
         oversampling = width - j - 1
         t = (count / FAILURE) ** (1 / (oversampling + 1))
-        least = (oversampling + 1) / (math.e * math.sqrt(width) * t)  # of Y^T X
-        rest, weight = theta[j:], (theta * share)[j:]
-        low, high = float(rest[0]) if len(rest) else 0.0, float(theta[j - 1])
-
-        def holds(a: Tensor, rest: Tensor = rest, weight: Tensor = weight, least: float = least) -> Tensor:
-            return least**2 * a * christoffel(rest, weight, degree, a) > 1
-
-        if high <= low or not bool(holds(torch.tensor([high], dtype=torch.float64))):
-            continue
-        # The function grows with a: look at many places at once, twice.
-        for _ in range(2):
-            places = torch.linspace(low, high, _HALVINGS, dtype=torch.float64)
-            first = int(holds(places).int().argmax())
-            low, high = float(places[max(first - 1, 0)]), float(places[first])
-        limits[j] = high + slack
-    return limits
+        least = (oversampling + 1) / (math.e * math.sqrt(width) * t)  # singular value of Y^T X
+        places = np.linspace(low, high, _PLACES)
+        holds = least**2 * places * christoffel(nodes[j:], weight[j:], degree, places) > 1
+        if holds.any():
+            limits[j] = places[holds.argmax()] + slack
+    return torch.from_numpy(limits)
 
 
-def christoffel(nodes: Tensor, weight: Tensor, degree: int, at: Tensor) -> Tensor:
+def christoffel(nodes: np.ndarray, weight: np.ndarray, degree: int, at: np.ndarray) -> np.ndarray:
     """`max p(at)^2 / sum_i weight_i p(nodes_i)^2` over polynomials p of a degree, at places `[A]`.
 
     Infinite where there are no more nodes than the degree: a polynomial can vanish at all of them.
     """
-    total = float(weight.sum())
-    if total <= 0:
-        return torch.full_like(at, math.inf)
-    scale = float(nodes.max()) or 1.0
+    total, scale = weight.sum(), nodes.max(initial=0.0)
+    if total <= 0 or len(nodes) <= degree:
+        return np.full_like(at, np.inf)
     nodes, at = nodes / scale, at / scale
-    basis = [torch.full_like(nodes, total**-0.5)]
-    values = [torch.full_like(at, total**-0.5)]
-    found = values[0].square()
-    for _ in range(degree):
-        new, value = nodes * basis[-1], at * values[-1]
+    basis = np.zeros((degree + 1, len(nodes)))  # orthonormal polynomials at the nodes
+    basis[0] = total**-0.5
+    values = np.zeros((degree + 1, len(at)))
+    values[0] = basis[0, 0]
+    for d in range(degree):
+        new, value = nodes * basis[d], at * values[d]
         for _ in range(2):  # Gram-Schmidt, twice
-            for old, seen in zip(basis, values, strict=True):
-                part = float((weight * old * new).sum())
-                new, value = new - part * old, value - part * seen
-        norm = float((weight * new.square()).sum().sqrt())
-        if norm <= 1e-13 * float(basis[-1].abs().max()) * math.sqrt(total):
-            return torch.full_like(at, math.inf)
-        basis.append(new / norm)
-        values.append(value / norm)
-        found = found + values[-1].square()
-    return found
+            parts = basis[: d + 1] @ (weight * new)
+            new, value = new - parts @ basis[: d + 1], value - parts @ values[: d + 1]
+        norm = math.sqrt(weight @ new**2)
+        if norm <= 1e-13:
+            return np.full_like(at, np.inf)
+        basis[d + 1], values[d + 1] = new / norm, value / norm
+    return (values**2).sum(0)
 
 
 def angles(s: Tensor, residual: Tensor, limits: Tensor, rounding: float, eps: float) -> Angles:

@@ -208,17 +208,18 @@ def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_p
     while True:
         u, ritz, w = basis.ritz()
         k = min(rank, int((ritz > floor).sum()))
-        if basis.start is not None:
-            limits = basis.limits(ritz, w)
-        s, w = ritz[:k], w[:, :k]
+        s, whole, w = ritz[:k], w, w[:, :k]
         residual, uncertainty = basis.residual(s, w)
         failing = residual > tolerance * s + floor
-        bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
         stuck = bool(failing.any())
-        promising = basis.start is not None and _promising(bounds, ritz.cpu(), limits, tolerance, floor)
+        only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
+        last = operator.passes >= max_passes or only_rounding
+        if basis.start is not None and (last or not stuck):
+            limits = basis.limits(ritz, whole)
+        bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
+        promising = basis.start is not None and _promising(bounds, ritz.cpu(), len(limits), tolerance, floor)
         if operator.passes >= max_passes or (operator.passes > 1 and not stuck and not promising):
             break
-        only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
         x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
         if x.shape[1] > 0:
             x = _rounded(x, operator.dtype)
@@ -239,9 +240,8 @@ def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_p
     )
 
 
-def _promising(bounds: Angles, s: Tensor, limits: Tensor, tolerance: float, floor: float) -> bool:
+def _promising(bounds: Angles, s: Tensor, reach: int, tolerance: float, floor: float) -> bool:
     """Another pass may bring some angle's bound below the tolerance: the gap that it needs is there."""
-    reach = len(limits)
     for i in range(len(bounds.vector)):
         if min(float(bounds.vector[i]), float(bounds.subspace[i])) <= tolerance:
             continue
