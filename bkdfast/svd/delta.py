@@ -20,6 +20,7 @@ from bkdfast.svd.artifact import versions
 from bkdfast.svd.krylov import leading_triplets
 from bkdfast.svd.names import combine_digests, match_names, tensor_digest
 from bkdfast.svd.result import DeltaSVD, TensorDelta
+from bkdfast.svd.rounding import rounding_edge
 from bkdfast.svd.source import WeightSource, open_source
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -93,6 +94,7 @@ class Settings:
             changed=found.changed,
             passes=found.passes,
             converged=found.converged,
+            rounding=rounding_edge(w1),
             note="; ".join(notes),
         )
 

@@ -188,12 +188,12 @@ class _Basis:
         z, size = self.z[:, -self.newest :], self.size[-self.newest :]
         # In units of its own rounding, a weak column counts like a strong one.
         z = z[:, size > 0] / (self.noise * size[size > 0])
-        rest, _ = _project_out(z, self.q)
+        rest = z - self.q @ (self.q.T @ z)
         block, signal, _ = torch.linalg.svd(rest, full_matrices=False)
         room = self.p.shape[0] - self.q.shape[1]
         block = block[:, signal > _SIGNAL][:, : max(room, 0)]
         # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q.
-        return torch.linalg.qr(_project_out(block, self.q)[0])[0]
+        return torch.linalg.qr(block - self.q @ (self.q.T @ block))[0]
 
 
 def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int) -> Triplets:

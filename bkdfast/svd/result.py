@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _KIND = "delta_svd"
 _PARTS = ("u", "s", "v", "residual", "angle", "subspace", "dimension")
-_SCALARS = ("frobenius", "changed", "passes", "converged", "note")
+_SCALARS = ("frobenius", "changed", "passes", "converged", "rounding", "note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class TensorDelta:
             probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
         passes: how often both matrices were read.
         converged: every residual is below `tolerance * s`, or as small as rounding allows.
+        rounding: about the largest singular value that rounding to the tuned weights' format gives a delta by itself.
         note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".
     """
 
@@ -61,12 +62,18 @@ class TensorDelta:
     changed: int
     passes: int
     converged: bool = True
+    rounding: float = 0.0
     note: str = ""
 
     @property
     def rank(self) -> int:
         """Number of triplets k: what was asked for, or the delta's numerical rank where that is lower."""
         return self.s.shape[0]
+
+    @property
+    def noise(self) -> Tensor:
+        """`[k]` bool: singular values that rounding alone may have given."""
+        return self.s < self.rounding
 
     @property
     def unchanged(self) -> bool:
@@ -145,6 +152,7 @@ class DeltaSVD(Mapping[str, TensorDelta]):
                 "changed_share": delta.changed / max(1, delta.shape[0] * delta.shape[1]),
                 "relative_residual": float((delta.residual / delta.s).max()) if delta.rank else 0.0,
                 "largest_angle": float(delta.subspace.max()) if delta.rank else 0.0,
+                "above_rounding": int((~delta.noise).sum()),
                 "passes": delta.passes,
                 "converged": delta.converged,
                 "note": delta.note,
