@@ -1,4 +1,4 @@
-"""`run_units`: compute the units of a sweep that are not done, in one process or in many.
+"""`run_units`: compute the units of a run that are not done, in one process or in many.
 
 The processes are the ranks of `torch.distributed` (`torchrun`; see `join`), and the result is the same, bit for bit, as
 that of one: what a unit computes does not depend on who computes it. A rank draws its next unit from a counter in the
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from bkdfast.errors import InvalidArgumentError, StoreError
-from bkdfast.sweep.store import Store
+from bkdfast.jobs.store import Store
 
 LEASE = 20.0
 """Seconds without a heartbeat after which a rank counts as lost."""
@@ -56,7 +56,7 @@ def run_units(
     *,
     costs: Sequence[float] | None = None,
     progress: bool = True,
-    description: str = "sweep",
+    description: str = "run",
     lease: float = LEASE,
 ) -> Iterator[tuple[int, Tensors]]:
     """Yield every unit with its tensors, once each: those in the store as they are, the others computed and stored.
@@ -76,12 +76,12 @@ def run_units(
 
     Raises:
         InvalidArgumentError: several processes without a store.
-        StoreError: the store cannot be written, is in use by another sweep, or is not shared by the ranks.
+        StoreError: the store cannot be written, is in use by another run, or is not shared by the ranks.
     """
     rank, world = place()
     if world > 1 and store is None:
         raise InvalidArgumentError(
-            f"{world} processes share this sweep, but it has nowhere to keep results; pass out= with a folder that all "
+            f"{world} processes share this run, but it has nowhere to keep results; pass out= with a folder that all "
             "of them see"
         )
     costs = costs or [1.0] * total
@@ -184,7 +184,7 @@ def _shared(
 
 
 class _Session:
-    """One rank's part in one sweep: its claims and its heartbeat in the c10d store.
+    """One rank's part in one run: its claims and its heartbeat in the c10d store.
 
     `next` is the counter, `owner/<unit>` the session that computes a unit, with a `+` once it is stored;
     `alive/<session>` changes for as long as that session goes on, and `rank/<rank>` is the rank's latest session. All
@@ -298,7 +298,7 @@ class _Session:
 
 
 def _c10d(store: Store) -> Any:
-    """The ranks' c10d store, with keys of this sweep only; None if the backend has none (MPI)."""
+    """The ranks' c10d store, with keys of this run only; None if the backend has none (MPI)."""
     default = _joined[0] if _joined else None
     if dist.is_available() and dist.is_initialized():
         try:
