@@ -39,6 +39,10 @@ _UNIT = re.compile(r"unit-(\d{5,})\.safetensors")
 _MANIFEST = "manifest.json"
 _MISSING = "nothing"
 _MEANING = {
+    "kind": "another kind of run",
+    "base": "another base model",
+    "tuned": "another tuned model",
+    "settings": "other settings",
     "weights": "other weights",
     "config": "a model of another configuration",
     "state": "another state of the model (autocast, adapters, hooks)",

@@ -42,6 +42,9 @@ LEASE = 20.0
 
 Tensors = dict[str, torch.Tensor]
 
+_UNITS = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+_BYTES = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
 
 class _Bar(tqdm):
     """A bar whose lock is its process's own: tqdm's is shared by forked ranks, which would wait for a killed one's."""
@@ -57,6 +60,7 @@ def run_units(
     costs: Sequence[float] | None = None,
     progress: bool = True,
     description: str = "run",
+    labels: Sequence[str] | None = None,
     lease: float = LEASE,
 ) -> Iterator[tuple[int, Tensors]]:
     """Yield every unit with its tensors, once each: those in the store as they are, the others computed and stored.
@@ -69,6 +73,7 @@ def run_units(
         costs: the work in each unit, in any measure, for the time left; None: all alike.
         progress: show a progress bar (of rank 0).
         description: what the bar calls it.
+        labels: what each unit is called; the bar then shows the one in hand, and `costs` as bytes with their rate.
         lease: seconds without a heartbeat after which a rank counts as lost.
 
     Yields:
@@ -95,7 +100,9 @@ def run_units(
                 total=sum(costs),
                 initial=min(sum(costs[unit] for unit in done), sum(costs)),
                 desc=description,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
+                bar_format=_BYTES if labels else _UNITS,
+                unit="B",
+                unit_scale=True,
                 disable=not progress or rank > 0,
             )
         )
@@ -107,6 +114,8 @@ def run_units(
             bar.update(min(work, bar.total - bar.n))  # sums in another order: a bar beyond its end warns
 
         def computed(unit: int) -> Tensors:
+            if labels:
+                bar.set_postfix_str(labels[unit])
             return compute(unit, lambda work: advance(unit, work))
 
         if store is None or world == 1:
@@ -115,11 +124,13 @@ def run_units(
             session = stack.enter_context(_Session(_c10d(store), rank, lease))
             units = _shared(total, computed, store, session)
         finished = len(done)
-        bar.set_postfix_str(f"{finished}/{total} units")
+        if not labels:
+            bar.set_postfix_str(f"{finished}/{total} units")
         for unit, tensors in units:
             if unit not in done:
                 finished += 1
-                bar.set_postfix_str(f"{finished}/{total} units", refresh=False)
+                if not labels:
+                    bar.set_postfix_str(f"{finished}/{total} units", refresh=False)
                 advance(unit, costs[unit])
             yield unit, tensors
 
