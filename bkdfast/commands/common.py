@@ -153,7 +153,7 @@ def headline(result: SweepResult) -> str:
 
 def leading() -> bool:
     """This process is the one that prints and writes (the first of those that torchrun started)."""
-    from bkdfast.sweep.units import place
+    from bkdfast.jobs.units import place
 
     return place()[0] == 0
 

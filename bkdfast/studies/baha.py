@@ -41,13 +41,14 @@ from bkdfast.hf.capture import head_means, head_outputs
 from bkdfast.hf.edits import Add, Edit, Patch, Zero
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.spec import ModelSpec, submodule
-from bkdfast.sweep import SweepResult, metrics, sweep, units
+from bkdfast.jobs import units
+from bkdfast.jobs.store import Store
+from bkdfast.sweep import SweepResult, metrics, sweep
 from bkdfast.sweep.batchwise import sweep_batches
 from bkdfast.sweep.metrics import Scored
 from bkdfast.sweep.metrics.base import pick
 from bkdfast.sweep.projection import UPDATE, projection_mode
 from bkdfast.sweep.provenance import manifest
-from bkdfast.sweep.store import Store
 
 SEMANTICS = ("log_space", "reference")
 ABLATIONS = ("zero", "subtract")

@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError
+from bkdfast.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, StoreError
+from bkdfast.jobs import units
 from bkdfast.svd.artifact import versions
-from bkdfast.svd.krylov import leading_triplets
-from bkdfast.svd.names import combine_digests, match_names, tensor_digest
+from bkdfast.svd.krylov import block_width, dense, leading_triplets, unchanged
+from bkdfast.svd.names import combine_digests
+from bkdfast.svd.plan import Item, make_plan, memory_limit
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 from bkdfast.svd.rounding import rounding_edge
-from bkdfast.svd.source import WeightSource, open_source
+from bkdfast.svd.source import open_source
+from bkdfast.svd.stored import from_unit, open_store, refuse_other_inputs, stamp_of, to_unit
+from bkdfast.svd.stream import Stream
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ARTIFACT = "delta_svd.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,18 @@ class Settings:
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise InvalidArgumentError(f"tolerance must be positive and finite, found {self.tolerance}")
 
-    def factor(self, name: str, w0: Tensor, w1: Tensor, note: str = "") -> TensorDelta:
-        """The `TensorDelta` of one pair of weights."""
+    def work(self, item: Item) -> tuple[int, int]:
+        """Bytes that the computation of an item takes beside its tensors, at most, and those of its result."""
+        (m, n), width = item.shape, block_width(self.rank)
+        if dense(m, n, self.rank):
+            extra = 6 * 8 * m * n
+        else:
+            extra = 8 * self.max_passes * width * (m + 2 * n) + 64 * n * width
+        k = min(self.rank, m, n)
+        return extra, 4 * k * (m + n + 10)
+
+    def factor(self, name: str, w0: Tensor, w1: Tensor, note: str = "", *, same: bool = False) -> TensorDelta:
+        """The `TensorDelta` of one pair of weights; `same`: they are the same bit by bit."""
         device = self.device if self.device is not None else w1.device
         w0, w1 = w0.to(device), w1.to(device)
         rank, notes = self.rank, [note] if note else []
@@ -65,14 +77,18 @@ class Settings:
             rank = min(w0.shape)
             notes.append(f"rank clipped to {rank}, the smaller side")
         try:
-            found = leading_triplets(
-                w0,
-                w1,
-                rank=rank,
-                tolerance=self.tolerance,
-                max_passes=self.max_passes,
-                seed=_tensor_seed(self.seed, name),
-                backend=self.backend,
+            found = (
+                unchanged(w1)
+                if same
+                else leading_triplets(
+                    w0,
+                    w1,
+                    rank=rank,
+                    tolerance=self.tolerance,
+                    max_passes=self.max_passes,
+                    seed=_tensor_seed(self.seed, name),
+                    backend=self.backend,
+                )
             )
         except NonFiniteError:
             sides = [side for side, w in (("base", w0), ("tuned", w1)) if not bool(torch.isfinite(w).all())]
@@ -111,16 +127,28 @@ def delta_svd(
     seed: int = 0,
     device: str | torch.device | None = None,
     backend: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    max_memory: int | str | None = None,
+    plan: bool = False,
     progress: bool = True,
-) -> DeltaSVD:
+) -> Any:
     """Leading singular triplets of `tuned - base` for every 2-D weight, one tensor pair in memory at a time.
 
-    Weights are taken as stored: a Conv1D (GPT-2) stores `[in, out]`, so there u is the input side. Of matrices with a
-    row for each token whose vocabularies differ in size, the common rows are compared, with a warning and a note.
+    Weights are taken as stored: a Conv1D (GPT-2) stores `[in, out]`, so there u is the input side; a fused projection
+    is the one matrix that it is. Stacked matrices `[E, a, b]` (the experts of a mixture) are compared one by one, as
+    `name[0]` to `name[E - 1]`. Of matrices with a row for each token whose vocabularies differ in size, the common rows
+    are compared, with a warning and a note. Tensors that are the same byte for byte are found when they are read, and
+    nothing is computed for them.
+
+    Checkpoints are read pair by pair, the largest first; a thread reads the next pair while one is computed. Under
+    `torchrun` (with `out`) the processes share the tensors, and each returns the whole result, bit for bit that of one
+    process.
 
     Args:
-        base: the model before fine-tuning: an `nn.Module`, or a local folder of safetensors files.
-        tuned: the model after it, in either form; sharding and dtype may differ from `base`.
+        base: the model before fine-tuning: an `nn.Module`, a local folder of safetensors files, or the hub id of a
+            model that was downloaded before (`org/name`, `org/name@revision`).
+        tuned: the model after it, in any of these forms; sharding and dtype may differ from `base`.
         rank: number of triplets per weight; clipped to the smaller side, with a note.
         include: shell pattern or patterns (`fnmatch`, case-sensitive, `*` also crosses dots) of names to compare, e.g.
             `"*.mlp.down_proj.weight"`; all if None.
@@ -130,17 +158,25 @@ def delta_svd(
         seed: of the random start block; each tensor's is derived from it and the tensor's name.
         device: where to compute; by default where the tuned tensor is.
         backend: of `delta_sketch`, e.g. `"reference"`.
-        progress: show a progress bar on stderr.
+        out: folder that keeps finished tensors, so that a run that was killed goes on where it stopped, and at the end
+            the result as `delta_svd.safetensors`, for `DeltaSVD.load`; None: nothing is kept.
+        resume: go on with what is finished in `out`; False: refuse a folder that has some.
+        max_memory: bytes, or text such as "2GB", that weights, results and work may take, over what torch itself
+            takes. The next pair is read ahead only while both fit.
+        plan: return the `DeltaPlan`, which can be printed, and read nothing but headers.
+        progress: show a progress bar, in bytes of both sides, on stderr.
 
     Returns:
         `DeltaSVD`, a mapping from names to `TensorDelta`. Results are on the CPU. The same seed, inputs, device and
         library versions give the same bits.
 
     Raises:
-        CheckpointError: a side cannot be read, shapes differ, or no name is in both.
-        InvalidArgumentError: an option is out of range, or a pattern of `include` matches nothing.
+        CheckpointError: a side cannot be read or is quantised, shapes differ, or no name is in both.
+        InvalidArgumentError: an option is out of range, a pattern of `include` matches nothing, the largest pair does
+            not fit into `max_memory`, or `out` has the results of other models or settings.
         InvalidTypeError: an argument has the wrong type.
         NonFiniteError: a delta has NaN or infinity; the message names the tensor.
+        StoreError: `out` cannot be written, or another run is using it.
 
     Warns:
         UserWarning: names on one side only; resized vocabularies; tensors that did not reach `tolerance`.
@@ -155,41 +191,69 @@ def delta_svd(
     Sources: Halko, Martinsson & Tropp 2011; Musco & Musco 2015 (see `bkdfast.svd.krylov`).
     """
     settings = Settings(rank, tolerance, max_passes, seed, device, backend)
+    limit = memory_limit(max_memory)
     sources = open_source(base), open_source(tuned)
-    plan = _plan(*sources, include=_patterns(include, "include"), exclude=_patterns(exclude, "exclude") or [])
+    found = make_plan(*sources, include, exclude, work=settings.work)
+    if plan:
+        return found
+    found.refuse_too_large(limit)
+    units.join()
+    order, done = found.order(), set[int]()
+    store = None
+    if out is not None:
+        told = {"rank": rank, "tolerance": tolerance, "max_passes": max_passes, "seed": seed, "backend": backend}
+        where = str(device) if device is not None else "as the tuned weights"
+        store = open_store(out, found, order, sources, told, where, resume=resume)
+        refuse_other_inputs(store, found, order, sources)
+        done = store.done()
+    sizes = [float(found.items[position].size) for position in order]
+    # Of several processes none knows which unit it draws next; they read while others compute.
+    left = [] if units.place()[1] > 1 else [position for unit, position in enumerate(order) if unit not in done]
     deltas: dict[str, TensorDelta] = {}
-    digests: tuple[list[bytes], list[bytes]] = ([], [])
-    for name, base_name in tqdm(plan.pairs.items(), "delta SVD", unit="tensor", file=sys.stderr, disable=not progress):
-        w0, w1 = sources[0].get(base_name), sources[1].get(name)
-        digests[0].append(tensor_digest(w0))
-        digests[1].append(tensor_digest(w1))
-        notes = [] if base_name == name else [f"compared with {base_name} of the base"]
-        if name in plan.resized:
-            rows = min(w0.shape[0], w1.shape[0])
-            notes.append(f"the {rows} common rows of {w0.shape[0]} and {w1.shape[0]}")
-            w0, w1 = w0[:rows], w1[:rows]
-        deltas[name] = settings.factor(name, w0, w1, "; ".join(notes))
+    digests: dict[str, tuple[bytes, bytes]] = {}
+    with Stream(*sources, found, left, limit=limit) as stream:
+
+        def compute(unit: int, advance: object) -> dict[str, Tensor]:
+            item = found.items[order[unit]]
+            pair = stream.take(order[unit])
+            delta = settings.factor(item.name, pair.w0, pair.w1, item.note, same=pair.same)
+            return to_unit(delta, pair, stamp_of(item, sources))
+
+        run = units.run_units(
+            len(order),
+            compute,
+            store,
+            costs=sizes,
+            progress=progress,
+            description="delta SVD",
+            labels=[found.items[position].name for position in order],
+        )
+        for unit, tensors in run:
+            item = found.items[order[unit]]
+            deltas[item.name], digests[item.name] = from_unit(item, tensors)
+    deltas = {item.name: deltas[item.name] for item in found.items}
     warn_unconverged(deltas.values(), tolerance)
     metadata = {
         "base": sources[0].label,
         "tuned": sources[1].label,
-        "base_hash": combine_digests(digests[0]),
-        "tuned_hash": combine_digests(digests[1]),
+        "base_hash": combine_digests(digests[name][0] for name in deltas),
+        "tuned_hash": combine_digests(digests[name][1] for name in deltas),
         "rank": rank,
         "tolerance": tolerance,
         "max_passes": max_passes,
         "seed": seed,
         "versions": versions(),
     }
-    return DeltaSVD(deltas, plan.only_in_base, plan.only_in_tuned, plan.skipped, plan.tied, metadata)
-
-
-def check_shapes(name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:
-    """Raise CheckpointError when a weight has different shapes on the two sides."""
-    if base != tuned:
-        raise CheckpointError(
-            f"{name} is {base} in the base and {tuned} in the tuned model; use the checkpoint that was tuned"
-        )
+    result = DeltaSVD(deltas, found.only_in_base, found.only_in_tuned, found.skipped, found.tied, metadata)
+    if store is not None:
+        try:
+            result.save(store.path / ARTIFACT)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {store.path / ARTIFACT}: {error.strerror or error}; finished units are kept; mend that "
+                "and run again"
+            ) from error
+    return result
 
 
 def warn_unconverged(deltas: Iterable[TensorDelta], tolerance: float) -> None:
@@ -203,116 +267,6 @@ def warn_unconverged(deltas: Iterable[TensorDelta], tolerance: float) -> None:
             "part of the spectrum: lower rank=, or raise max_passes= or tolerance=",
             stacklevel=3,
         )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    pairs: dict[str, str]
-    only_in_base: tuple[str, ...]
-    only_in_tuned: tuple[str, ...]
-    skipped: dict[str, str]
-    tied: dict[str, str]
-    resized: tuple[str, ...]
-
-
-def _plan(base: WeightSource, tuned: WeightSource, include: list[str] | None, exclude: list[str]) -> _Plan:
-    """Which tensors to compare, and what becomes of the others. Reads headers only."""
-    for pattern in include or ():
-        if not any(fnmatchcase(name, pattern) for name in tuned.names):
-            raise InvalidArgumentError(
-                f"include={pattern!r} matches no tensor; there are {', '.join(tuned.names[:4])}, ..."
-            )
-
-    def selected(name: str) -> bool:
-        wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
-        return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
-
-    found = match_names(tuned.names, base.names)
-    if not found:
-        raise CheckpointError(
-            f"no tensor name is in both models: the base has {', '.join(base.names[:3])}, ..., the tuned model "
-            f"{', '.join(tuned.names[:3])}, ..."
-        )
-    pairs: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    tied: dict[str, str] = {}
-    resized: dict[str, str] = {}
-    seen: dict[tuple[str, str], str] = {}
-    for name, base_name in found.items():
-        if not selected(name):
-            continue
-        first = seen.setdefault((base.canonical(base_name), tuned.canonical(name)), name)
-        reason = _unsuitable(base, base_name) or _unsuitable(tuned, name)
-        if reason:
-            skipped[name] = reason
-        elif first != name:
-            tied[name] = first
-        else:
-            before, after = base.shape(base_name), tuned.shape(name)
-            if before[0] != after[0] and before[1] == after[1] and _are_tokens(base, before[0], tuned, after[0]):
-                resized[name] = f"{before[0]} tokens in the base and {after[0]} in the tuned model"
-            else:
-                check_shapes(name, before, after)
-            pairs[name] = base_name
-    only_in_tuned = _unmatched(tuned, list(found), list(found), selected, tied)
-    only_in_base = _unmatched(base, list(found.values()), list(found), selected, tied)
-    for side, names in (("base", only_in_base), ("tuned", only_in_tuned)):
-        if names:
-            more = ", ..." if len(names) > 3 else ""
-            warnings.warn(
-                f"{len(names)} tensors are in the {side} model only and not compared: {', '.join(names[:3])}{more}",
-                stacklevel=3,
-            )
-    if resized:
-        warnings.warn(
-            f"the vocabulary has {next(iter(resized.values()))}; of {', '.join(resized)} only the common rows are "
-            "compared",
-            stacklevel=3,
-        )
-    return _Plan(pairs, only_in_base, only_in_tuned, skipped, tied, tuple(resized))
-
-
-def _are_tokens(base: WeightSource, base_rows: int, tuned: WeightSource, tuned_rows: int) -> bool:
-    """Whether these numbers of rows are the sizes of the two vocabularies; False without configs."""
-    sizes = []
-    for config in (base.config, tuned.config):
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        sizes.append(getattr(config, "vocab_size", None))
-    return sizes == [base_rows, tuned_rows]
-
-
-def _unmatched(
-    source: WeightSource, matched: list[str], names: list[str], selected, tied: dict[str, str]
-) -> tuple[str, ...]:
-    """Names without a counterpart; a second name of a matched tensor goes to `tied` instead."""
-    known, owner = set(matched), {source.canonical(own): name for own, name in zip(matched, names, strict=True)}
-    alone = []
-    for name in source.names:
-        if name in known or not selected(name):
-            continue
-        if source.canonical(name) in owner:
-            tied.setdefault(name, owner[source.canonical(name)])
-        else:
-            alone.append(name)
-    return tuple(alone)
-
-
-def _unsuitable(source: WeightSource, name: str) -> str:
-    if len(source.shape(name)) != 2:
-        return f"{len(source.shape(name))}-D"
-    if source.dtype(name) not in _FLOATS:
-        return f"{source.dtype(name) or 'an unknown dtype'}, not a floating-point matrix; dequantise it first"
-    return ""
-
-
-def _patterns(patterns: str | Iterable[str] | None, name: str) -> list[str] | None:
-    if patterns is None:
-        return None
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise InvalidTypeError(f"{name} must be a pattern or a list of patterns, found {patterns!r}")
-    return patterns
 
 
 def _tensor_seed(seed: int, name: str) -> int:

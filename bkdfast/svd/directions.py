@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError
 from bkdfast.svd.artifact import read_artifact, versions, write_artifact
-from bkdfast.svd.delta import Settings, check_shapes, warn_unconverged
+from bkdfast.svd.delta import Settings, warn_unconverged
 from bkdfast.svd.names import match_names, weights_hash
+from bkdfast.svd.plan import check_shapes
 from bkdfast.svd.result import TensorDelta
 from bkdfast.svd.source import FolderSource, ModuleSource, WeightSource, open_source
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from bkdfast.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", re.ASCII)
 
 
 def open_file(file: Path) -> Any:
@@ -20,6 +23,28 @@ def open_file(file: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is not a complete safetensors file: {error}; download or save it again"
+        ) from error
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A local path as it is; the folder of a model, `org/name` or `org/name@revision`, that is in the local hub cache.
+
+    Raises:
+        CheckpointError: neither; the message says how to download it.
+    """
+    path, text = Path(path), os.fspath(path)
+    if path.exists() or not isinstance(text, str) or not (match := _HUB_ID.fullmatch(text)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(match[1], revision=match[2], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError) as error:
+        revision = f" --revision {match[2]}" if match[2] else ""
+        raise CheckpointError(
+            f"there is no folder {text}, and no model of that name in the local HuggingFace cache; if it is on the "
+            f"hub, download it first: hf download {match[1]}{revision} (or huggingface_hub.snapshot_download)"
         ) from error
 
 

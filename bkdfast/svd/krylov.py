@@ -40,6 +40,7 @@ _FLOOR = 2.0
 _SIGNAL = 4.0
 # A gap between squared singular values, relative to the larger one, that is worth further passes to certify.
 _GAP = 0.05
+_CHECKED = 1 << 22  # elements whose finiteness is checked at a time
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,26 @@ def leading_triplets(
     """
     width, callers = block_width(rank), torch.get_num_threads()
     with full_precision(), threads(1), torch.no_grad():
-        if min(w0.shape) <= DENSE_SIDE or 4 * width > min(w0.shape):
+        if dense(w0.shape[0], w0.shape[1], rank):
             return _dense(w0, w1, rank, backend)
         return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed)
+
+
+def unchanged(w: Tensor) -> Triplets:
+    """The triplets of a zero delta, found without a pass: both weights are `w` `[m, n]`.
+
+    Raises:
+        NonFiniteError: it has NaN or infinity, so that the delta has NaN.
+    """
+    rows = max(1, _CHECKED // max(1, w.shape[1]))
+    if not all(bool(torch.isfinite(part).all()) for part in w.split(rows)):
+        raise NonFiniteError("the delta has NaN or infinity")
+    return _nothing(w.shape[0], w.shape[1], sketch_dtype(w, w), changed=0, passes=0)
+
+
+def dense(m: int, n: int, rank: int) -> bool:
+    """Whether `leading_triplets` decomposes a matrix `[m, n]` directly."""
+    return min(m, n) <= DENSE_SIDE or 4 * block_width(rank) > min(m, n)
 
 
 def block_width(rank: int) -> int:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pandas
 
 _KIND = "delta_svd"
-_PARTS = ("u", "s", "v", "residual", "angle", "subspace", "dimension")
-_SCALARS = ("frobenius", "changed", "passes", "converged", "rounding", "note")
+PARTS = ("u", "s", "v", "residual", "angle", "subspace", "dimension")
+SCALARS = ("frobenius", "changed", "passes", "converged", "rounding", "note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class TensorDelta:
             of the leading `dimension` true vectors; 1 where no gap behind it is certain.
         dimension: `[k]` int64, at least i + 1 for triplet i; 0 where `subspace` is 1. The bounds hold but for a
             probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
-        passes: how often both matrices were read.
+        passes: how often both matrices were read by the iteration; 0: they are the same byte for byte.
         converged: every residual is below `tolerance * s`, or as small as rounding allows.
         rounding: about the largest singular value that rounding to the tuned weights' format gives a delta by itself.
         note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".
@@ -91,10 +91,10 @@ class DeltaSVD(Mapping[str, TensorDelta]):
     """The `TensorDelta` of every compared weight, by its name in the tuned model, and what was not compared.
 
     Attributes:
-        tensors: the results; the object itself is a mapping over them.
+        tensors: the results; the object itself is a mapping over them. Matrix e of a stack `[E, a, b]` is `name[e]`.
         only_in_base: names that the tuned model lacks.
         only_in_tuned: names that the base model lacks.
-        skipped: name -> why it was not compared (not 2-D, not floating point). Names that `include` and `exclude`
+        skipped: name -> why it was not compared (no matrix, not floating point). Names that `include` and `exclude`
             leave out are not listed.
         tied: name -> the name under which the same storage was compared.
         metadata: labels and hashes of both sides, settings, seed, versions.
@@ -171,9 +171,9 @@ class DeltaSVD(Mapping[str, TensorDelta]):
         """
         tensors, entries = {}, {}
         for name, delta in self.tensors.items():
-            for part in _PARTS:
+            for part in PARTS:
                 tensors[f"{name}.{part}"] = getattr(delta, part)
-            entries[name] = {key: getattr(delta, key) for key in _SCALARS}
+            entries[name] = {key: getattr(delta, key) for key in SCALARS}
         metadata = {
             "tensors": entries,
             "only_in_base": list(self.only_in_base),
@@ -195,8 +195,8 @@ class DeltaSVD(Mapping[str, TensorDelta]):
         try:
             deltas = {}
             for name, scalars in metadata["tensors"].items():
-                parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in _PARTS}
-                scalars = {key: scalars[key] for key in _SCALARS}
+                parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in PARTS}
+                scalars = {key: scalars[key] for key in SCALARS}
                 shape = parts["u"].shape[0], parts["v"].shape[0]
                 deltas[name] = TensorDelta(name, shape, **parts, **scalars)
                 if len({part.shape[-1] for part in parts.values()}) > 1:

@@ -6,31 +6,20 @@ them runs code.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bkdfast.errors import CheckpointError, InvalidTypeError
-from bkdfast.svd.files import open_file, tensor_files
+from bkdfast.svd.files import open_file, resolve, tensor_files
+from bkdfast.svd.reader import TensorFile
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = ("weight_scale", "weight_scale_inv", "scales", "qzeros", "SCB", "weight.absmax", "weight.quant_map")
 
 
 class WeightSource(Protocol):
@@ -55,11 +44,20 @@ class WeightSource(Protocol):
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor, without reading it; None where torch has no such dtype."""
 
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in bytes, without reading it."""
+
+    def stamp(self, name: str) -> bytes:
+        """What changes with the file that holds a tensor; empty where there is no file."""
+
+    def quantised(self) -> str:
+        """How the weights are quantised, in words; empty where they are not."""
+
     def canonical(self, name: str) -> str:
         """The first name of the same storage: two tied names have one canonical name."""
 
-    def get(self, name: str) -> Tensor:
-        """The tensor itself, detached."""
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor itself, detached, or rows `start` to `stop` of its first dimension."""
 
 
 class ModuleSource:
@@ -88,12 +86,24 @@ class ModuleSource:
         """Dtype of a tensor."""
         return self._tensors[name].dtype
 
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in bytes."""
+        return self._tensors[name].nbytes
+
+    def stamp(self, name: str) -> bytes:
+        """Nothing: weights in memory may change without a trace."""
+        return b""
+
+    def quantised(self) -> str:
+        """How the weights are quantised, in words; empty where they are not."""
+        return _method(getattr(self.config, "quantization_config", None)) or _scaled(self)
+
     def canonical(self, name: str) -> str:
         """The first name of the same parameter."""
         return self._canonical[name]
 
-    def get(self, name: str) -> Tensor:
-        """The tensor itself, detached.
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor itself, detached, or rows of it; no copy.
 
         Raises:
             CheckpointError: the tensor is on the meta device, i.e. it was never loaded or is offloaded.
@@ -103,7 +113,7 @@ class ModuleSource:
             raise CheckpointError(
                 f"{self.label}: {name} is on the meta device and has no values; load the weights first"
             )
-        return tensor
+        return tensor if (start, stop) == (0, None) else tensor[start:stop]
 
 
 class FolderSource:
@@ -117,24 +127,18 @@ class FolderSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.label = str(self.path)
-        self._files = tensor_files(self.path)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype | None] = {}
-        for file in sorted(set(self._files.values())):
-            self._read_header(file)
+        owners = tensor_files(self.path)
+        files: dict[Path, TensorFile] = {}
+        for file in sorted(set(owners.values())):
+            with open_file(file):  # complete, with a sound header
+                files[file] = TensorFile(file)
+        for name, file in owners.items():
+            if name not in files[file].entries:
+                raise CheckpointError(
+                    f"the index of {self.label} says that {name} is in {file.name}, but it is not there"
+                )
+        self._files = {name: files[file] for name, file in owners.items()}
         self.names = tuple(sorted(self._files))
-
-    def _read_header(self, file: Path) -> None:
-        with open_file(file) as handle:
-            stored = set(handle.keys())
-            for name in [name for name, owner in self._files.items() if owner == file]:
-                if name not in stored:
-                    raise CheckpointError(
-                        f"the index of {self.label} says that {name} is in {file.name}, but it is not there"
-                    )
-                view = handle.get_slice(name)
-                self._shapes[name] = tuple(view.get_shape())
-                self._dtypes[name] = _DTYPES.get(view.get_dtype())
 
     @property
     def config(self) -> Any:
@@ -155,28 +159,42 @@ class FolderSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return self._shapes[name]
+        return self._files[name].entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor, from the file's header."""
-        return self._dtypes[name]
+        return self._files[name].entries[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in bytes, from the file's header."""
+        return self._files[name].entries[name].nbytes
+
+    def stamp(self, name: str) -> bytes:
+        """32 bytes that change with the size or times of the file that holds a tensor."""
+        return self._files[name].stamp
+
+    def quantised(self) -> str:
+        """How the weights are quantised, in words: by `config.json`, or by scales beside integer or float8 weights."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        try:
+            told = json.loads((folder / "config.json").read_bytes())
+        except (OSError, ValueError):
+            told = {}
+        return _method(told.get("quantization_config") if isinstance(told, dict) else None) or _scaled(self)
 
     def canonical(self, name: str) -> str:
         """The name itself: safetensors stores a tied tensor once."""
         return name
 
-    def get(self, name: str) -> Tensor:
-        """Read one tensor."""
-        file = self._files[name]
-        with open_file(file) as handle:
-            try:
-                return handle.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"cannot read {name} from {file}: {error}") from error
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read one tensor, or rows of it, into memory of its own."""
+        return self._files[name].read(name, start, stop)
 
 
 def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> WeightSource:
-    """A `WeightSource` over a module, a folder of safetensors files, or one such file.
+    """A `WeightSource` over a module, a folder of safetensors files, one such file, or a model of the local hub cache.
+
+    Nothing is downloaded: `org/name` or `org/name@revision` is looked up among what huggingface_hub has fetched before.
 
     Raises:
         CheckpointError: as `FolderSource`; also a LoRA adapter that is not merged into its base.
@@ -186,7 +204,7 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
     if isinstance(weights, nn.Module):
         source = ModuleSource(weights)
     elif isinstance(weights, str | os.PathLike):
-        source = FolderSource(weights)
+        source = FolderSource(resolve(weights))
     elif isinstance(weights, ModuleSource | FolderSource):
         source = weights
     else:
@@ -196,3 +214,25 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
             f"{source.label} holds a LoRA adapter that is not merged; call merge_and_unload() and use the merged model"
         )
     return source
+
+
+def _method(config: Any) -> str:
+    if not config:
+        return ""
+    told = config if isinstance(config, dict) else vars(config)
+    method = told.get("quant_method", "unknown method")
+    return f"quantization_config of config.json: {getattr(method, 'value', method)}"
+
+
+def _scaled(source: WeightSource) -> str:
+    """A matrix of codes whose scales lie beside it."""
+    names = set(source.names)
+    for name in source.names:
+        stem, _, kind = name.rpartition(".")
+        if kind in ("weight", "qweight") and source.dtype(name) in _CODES:
+            for scale in _SCALES:
+                if f"{stem}.{scale}" in names:
+                    return f"{name} is {str(source.dtype(name)).removeprefix('torch.')}, with scales in {stem}.{scale}"
+        if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names:
+            return f"{name} with scales beside it"
+    return ""

@@ -26,11 +26,11 @@ from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.families import describe, unwrap
 from bkdfast.hf.prepare import prepared
 from bkdfast.hf.spec import ModelSpec
+from bkdfast.jobs.units import place
 from bkdfast.sweep.engine import sweep
 from bkdfast.sweep.metrics import Metric
 from bkdfast.sweep.ranks import NOT_HERE, Head
 from bkdfast.sweep.result import SweepResult
-from bkdfast.sweep.units import place
 
 ADD, REMOVE = "add", "remove"
 

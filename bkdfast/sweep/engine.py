@@ -23,15 +23,15 @@ from bkdfast.hf.intervene import borrow
 from bkdfast.hf.lowering import one_a_row
 from bkdfast.hf.prepare import refuse_dropout
 from bkdfast.hf.spec import ModelSpec, refuse_shared
+from bkdfast.jobs import units
+from bkdfast.jobs.store import Store
 from bkdfast.sweep import plan as planning
-from bkdfast.sweep import units
 from bkdfast.sweep.metrics import Metric
 from bkdfast.sweep.projection import refuse_inexact
 from bkdfast.sweep.provenance import hash_text, manifest
 from bkdfast.sweep.readout_groups import check_metrics
 from bkdfast.sweep.result import SweepResult
 from bkdfast.sweep.run import Sweep
-from bkdfast.sweep.store import Store
 from bkdfast.sweep.variants import HEADS, Grid, Head, describe_at, grid
 from bkdfast.sweep.verify import check_cells
 

@@ -1,6 +1,6 @@
 """What a sweep's numbers came from: hashes of weights, data, edit and metrics, versions, machine.
 
-`manifest` puts it all into one JSON-able dict. It identifies a result store (`bkdfast.sweep.store`) and is saved with
+`manifest` puts it all into one JSON-able dict. It identifies a result store (`bkdfast.jobs.store`) and is saved with
 a result. Hashes are the first 32 hex digits of SHA-256 and do not depend on device, batch or process.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 import math
@@ -23,11 +22,10 @@ import torch
 
 from bkdfast.hf.prepare import Hook
 from bkdfast.hf.spec import device_of
+from bkdfast.jobs.hashing import hash_tensors, hash_text
 
 WHOLE = 4 << 30
 """Models of at most this many bytes are hashed whole (seconds); of larger ones a sum and a sample."""
-SAMPLE = 4096
-"""Elements of each tensor in the sample."""
 
 _DEEP = 6  # levels of objects inside objects; deeper ones are known by their type
 _LONG = 400  # characters of JSON above which a list is stored as a hash
@@ -61,7 +59,7 @@ def manifest(
         **options: other arguments that change the numbers (site, heads, positions).
 
     Returns:
-        A JSON-able dict; `bkdfast.sweep.store.INFORMATIVE` lists the keys that do not identify it.
+        A JSON-able dict; `bkdfast.jobs.store.INFORMATIVE` lists the keys that do not identify it.
     """
     return {
         "weights": weights_hash(model, WHOLE if whole is None else whole),
@@ -122,19 +120,6 @@ def weights_hash(model: torch.nn.Module, whole: int = WHOLE) -> dict[str, Any]:
     how = "all" if size <= whole else "sampled"
     found = {"hash": hash_tensors(here, sampled=how == "sampled"), "how": how, "tensors": len(plain), "bytes": size}
     return found if len(here) == len(plain) else {**found, "unhashed": len(plain) - len(here)}
-
-
-def hash_tensors(tensors: Mapping[str, torch.Tensor], *, sampled: bool = False) -> str:
-    """Hash of names, dtypes, shapes and values; `sampled`: see `weights_hash`."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if sampled and tensor.numel() > 16 * SAMPLE:
-            digest.update(str(_bit_sum(tensor)).encode())
-            tensor = _sample(tensor)
-        digest.update(_bytes(tensor.cpu()).numpy())  # type: ignore[arg-type]
-    return digest.hexdigest()[:32]
 
 
 def data_hash(batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
@@ -238,26 +223,6 @@ def _plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [found for part in inner for found in _plain(f"{name}.{part}", getattr(tensor, part))]
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _bit_sum(tensor: torch.Tensor) -> int:
-    """The tensor's bytes as 64-bit integers, added up modulo 2^64: any single change shows, in one read."""
-    data = _bytes(tensor)
-    if data.storage_offset() % 8:
-        data = data.clone()
-    words = len(data) // 8 * 8
-    return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Elements at fixed places; multiples of the golden ratio never keep to one column of a matrix."""
-    flat = tensor.contiguous().reshape(-1)
-    at = (torch.arange(1, SAMPLE + 1, dtype=torch.float64) * 0.6180339887498949).frac() * len(flat)
-    return flat[at.long().clamp(max=len(flat) - 1).to(flat.device)]
-
-
 def _function(function: Any, deep: int) -> dict[str, Any]:
     """Its bytecode (Python's version is part of that), defaults, what it closes over; not the globals that it reads."""
     inner = getattr(function, "__func__", function)
@@ -286,11 +251,6 @@ def _code(code: Any) -> str:
 def _short(value: Any, limit: int) -> Any:
     text = json.dumps(value, sort_keys=True)
     return value if len(text) <= limit else {"length": len(value), "hash": hash_text(text)}
-
-
-def hash_text(text: str) -> str:
-    """First 32 hex digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @functools.cache

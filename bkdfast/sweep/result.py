@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from bkdfast.errors import InvalidArgumentError, MissingDependencyError, StoreError
-from bkdfast.sweep.store import write_whole
+from bkdfast.jobs.store import write_whole
 
 if TYPE_CHECKING:
     import pandas

@@ -20,14 +20,14 @@ from bkdfast.errors import InvalidArgumentError
 from bkdfast.hf.batch import Batch, batches
 from bkdfast.hf.edits import At, Edit
 from bkdfast.hf.spec import ModelSpec
+from bkdfast.jobs.store import Store
+from bkdfast.jobs.units import join, run_units
 from bkdfast.sweep.engine import sweep
 from bkdfast.sweep.metrics import Metric
 from bkdfast.sweep.provenance import manifest
 from bkdfast.sweep.ranks import NOT_HERE, Correlation, Head, most_in_population, ranked, spearman
 from bkdfast.sweep.result import SweepResult
 from bkdfast.sweep.screen import Screening, screen
-from bkdfast.sweep.store import Store
-from bkdfast.sweep.units import join, run_units
 
 
 @dataclass(frozen=True)

@@ -308,8 +308,9 @@ def test_save_and_load(models, result, tmp_path):
 
 def entry(name="w"):
     one = torch.ones(1, dtype=FP64)
+    bounds = dict(residual=0 * one, angle=0 * one, subspace=0 * one, dimension=one.long())
     return TensorDelta(
-        name, (2, 3), torch.ones(2, 1), one, torch.ones(3, 1), 0 * one, 0 * one, 0 * one, one.long(), 1.0, 6, 2
+        name, (2, 3), torch.ones(2, 1), one, torch.ones(3, 1), **bounds, frobenius=1.0, changed=6, passes=2
     )
 
 

@@ -50,13 +50,15 @@ def test_single_file_and_unindexed_files(model, tmp_path):
 
 
 def test_tensors_are_read_one_at_a_time(sharded, monkeypatch):
-    from bkdfast.svd import source
+    from bkdfast.svd.reader import TensorFile
 
-    source_folder = FolderSource(sharded)
-    opened, inner = [], source.open_file
-    monkeypatch.setattr(source, "open_file", lambda file: (opened.append(file), inner(file))[1])
-    source_folder.get("model.norm.weight")
-    assert len(opened) == 1
+    source, read, inner = FolderSource(sharded), [], TensorFile._fill
+    monkeypatch.setattr(
+        TensorFile, "_fill", lambda self, name, view, at: (read.append(len(view)), inner(self, name, view, at))[1]
+    )
+    source.get("model.norm.weight")
+    source.get("lm_head.weight", 3, 5)
+    assert read == [48 * 4, 2 * 48 * 4]
 
 
 def test_tied_names_have_one_canonical_name():

@@ -15,6 +15,7 @@ import torch
 
 import bkdfast as bf
 from bkdfast.errors import InvalidArgumentError
+from bkdfast.jobs import hashing
 from bkdfast.sweep import provenance
 from bkdfast.sweep.provenance import data_hash, fingerprint, manifest, weights_hash
 from tests.hf import zoo
@@ -50,8 +51,8 @@ def test_any_one_element_changes_the_hash_of_the_weights(whole):
 
 
 def test_the_sample_is_spread_over_rows_and_columns():
-    places = provenance._sample(torch.arange(512 * 4096).view(512, 4096))
-    assert len(places.unique()) == provenance.SAMPLE
+    places = hashing._sample(torch.arange(512 * 4096).view(512, 4096))
+    assert len(places.unique()) == hashing.SAMPLE
     assert len((places % 4096).unique()) > 2500 and len((places // 4096).unique()) > 500
 
 

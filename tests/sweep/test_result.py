@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from bkdfast.errors import InvalidArgumentError, MissingDependencyError, StoreError
-from bkdfast.sweep import SweepResult, store
+from bkdfast.jobs import store
+from bkdfast.sweep import SweepResult
 from bkdfast.sweep.result import set_name
-from tests.sweep.processes import fork, kill_at_line, wait
+from tests.jobs.processes import fork, kill_at_line, wait
 from tests.sweep.results import SETS, SHAPES, make_result
 
 ALL = pytest.mark.parametrize("dims", SHAPES, ids="-".join)

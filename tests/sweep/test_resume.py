@@ -112,7 +112,7 @@ def test_a_store_made_for_other_weights(tmp_path):
         bf.sweep(zoo.build("llama"), zoo.batch(seed=4), out=tmp_path, **options())
     with pytest.raises(InvalidArgumentError, match="another edit"):
         bf.sweep(zoo.build("llama"), zoo.batch(), out=tmp_path, **options(edit=bf.Scale(0.5)))
-    with pytest.raises(InvalidArgumentError, match="finished units of this sweep already"):
+    with pytest.raises(InvalidArgumentError, match="finished units of this run already"):
         bf.sweep(zoo.build("llama"), zoo.batch(), out=tmp_path, resume=False, **options())
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from bkdfast.errors import InvalidArgumentError, StoreError
-from bkdfast.sweep import units
-from bkdfast.sweep.store import Store
-from bkdfast.sweep.units import LEASE, place, run_units
-from tests.sweep.processes import compute, end_all, fork, same, wait
+from bkdfast.jobs import units
+from bkdfast.jobs.store import Store
+from bkdfast.jobs.units import LEASE, place, run_units
+from tests.jobs.processes import compute, end_all, fork, same, wait
 
 TOTAL = 12
 MANIFEST = {"weights": {"hash": "aa"}, "seed": 0}
@@ -68,9 +68,9 @@ class Rank:
             timeout=timedelta(seconds=20),
         )  # fmt: skip
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world)
-        self.sweep()
+        self.work()
 
-    def sweep(self):
+    def work(self):
         begun = 0
 
         def logged(unit, advance=None):
@@ -211,20 +211,20 @@ def test_one_process_goes_on_where_many_were_killed_and_the_other_way_round(tmp_
 
 
 class Twice(Rank):
-    """The first sweep of the process group fails on every rank; the same sweep again then has to do the rest."""
+    """The first run of the process group fails on every rank; the same run again then has to do the rest."""
 
     def run(self):
         def fail():
             raise MemoryError
 
-        self.die, sweep = fail, self.sweep
-        self.sweep = lambda: None
+        self.die, work = fail, self.work
+        self.work = lambda: None
         super().run()
         with pytest.raises(MemoryError):
-            sweep()
+            work()
         dist.barrier()
         self.die_at = None
-        sweep()
+        work()
 
 
 class Joined(Rank):
@@ -234,7 +234,7 @@ class Joined(Rank):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "RANK": str(self.rank)}
         os.environ |= {"WORLD_SIZE": str(self.world), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         assert units.join() == place() == (self.rank, self.world) and not dist.is_initialized()
-        self.sweep()
+        self.work()
 
 
 def test_a_rank_started_again_is_not_waited_for(tmp_path, agent):
@@ -247,7 +247,7 @@ def test_a_rank_started_again_is_not_waited_for(tmp_path, agent):
     assert [wait(rank.process) for rank in (ranks[0], again)] == [0, 0] and ranks[0].right() and again.right()
 
 
-def test_the_same_sweep_again_in_one_process_group(tmp_path, agent):
+def test_the_same_run_again_in_one_process_group(tmp_path, agent):
     ranks = [Twice(rank, tmp_path, agent.port, die_at=2, lease=60) for rank in range(2)]
     assert [wait(rank.process) for rank in ranks] == [0, 0] and all(rank.right() for rank in ranks)
 
@@ -260,14 +260,14 @@ def test_folders_that_are_not_shared_are_told(tmp_path, agent, capfd):
 
 def test_many_processes_need_a_store(monkeypatch):
     monkeypatch.setattr(units, "place", lambda: (0, 2))
-    with pytest.raises(InvalidArgumentError, match="2 processes share this sweep.*pass out="):
+    with pytest.raises(InvalidArgumentError, match="2 processes share this run.*pass out="):
         next(run_units(3, compute))
 
 
 def test_ranks_that_did_not_join_are_told_to(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     store = Store.open(tmp_path, MANIFEST)
-    with store.lock(), pytest.raises(StoreError, match=r"call join\(\) \(from bkdfast.sweep.units import join\)"):
+    with store.lock(), pytest.raises(StoreError, match=r"call join\(\) \(from bkdfast.jobs.units import join\)"):
         list(run_units(3, compute, Store.open(tmp_path, MANIFEST), progress=False))
 
 
@@ -318,9 +318,9 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 import torch.distributed as dist
-from bkdfast.sweep.store import Store
-from bkdfast.sweep.units import join, run_units
-from tests.sweep.processes import compute, same
+from bkdfast.jobs.store import Store
+from bkdfast.jobs.units import join, run_units
+from tests.jobs.processes import compute, same
 rank, world = join()
 assert world == 2 and not dist.is_initialized()
 folder = Path(sys.argv[1])

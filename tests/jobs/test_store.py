@@ -1,4 +1,4 @@
-"""A store keeps finished units whatever happens, and serves no other sweep."""
+"""A store keeps finished units whatever happens, and serves no other run."""
 
 import os
 import random
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from bkdfast.errors import BkdfastError, InvalidArgumentError, StoreError
-from bkdfast.sweep import store as store_module
-from bkdfast.sweep import units as units_module
-from bkdfast.sweep.store import Store
-from bkdfast.sweep.units import run_units
-from tests.sweep.processes import SHAPE, compute, end_all, fork, kill_at_line, same, trace_lines, wait
+from bkdfast.jobs import store as store_module
+from bkdfast.jobs import units as units_module
+from bkdfast.jobs.store import Store
+from bkdfast.jobs.units import run_units
+from tests.jobs.processes import SHAPE, compute, end_all, fork, kill_at_line, same, trace_lines, wait
 
 FILES = {store_module.__file__, units_module.__file__}
 TOTAL = 5
@@ -47,7 +47,7 @@ def manifest(**changes):
 
 
 def engine(path, log, total=TOTAL):
-    """What a sweep does with its store; the log has a line for each unit computed."""
+    """What a run does with its store; the log has a line for each unit computed."""
 
     def logged(unit, advance=None):
         with open(log, "a") as file:
@@ -185,13 +185,13 @@ def test_a_damaged_file_is_told_and_computed_again(tmp_path, kind):
     assert Store.open(path, manifest()).done() == {0, 1, 2, 3, 4}
 
 
-def test_a_file_of_another_unit_or_sweep_is_not_taken(tmp_path):
+def test_a_file_of_another_unit_or_run_is_not_taken(tmp_path):
     mine, other = Store.open(tmp_path / "a", manifest()), Store.open(tmp_path / "b", manifest(seed=1))
     mine.put(0, compute(0))
     other.put(1, compute(1))
     shutil.copy(tmp_path / "a" / "unit-00000.safetensors", tmp_path / "a" / "unit-00002.safetensors")
     shutil.copy(tmp_path / "b" / "unit-00001.safetensors", tmp_path / "a")
-    with pytest.warns(UserWarning, match="belongs to another sweep or unit"):
+    with pytest.warns(UserWarning, match="belongs to another run or unit"):
         assert mine.done() == {0}
 
 
@@ -211,7 +211,7 @@ def test_a_file_of_another_unit_or_sweep_is_not_taken(tmp_path):
         (dict(site="mlp"), "another site: site was nothing and is mlp"),
     ],
 )
-def test_a_store_of_another_sweep_is_refused(tmp_path, changes, message):
+def test_a_store_of_another_run_is_refused(tmp_path, changes, message):
     Store.open(tmp_path / "out", manifest()).put(0, compute(0))
     with pytest.raises(InvalidArgumentError, match="pass another out=, or delete the folder") as caught:
         Store.open(tmp_path / "out", manifest(**changes))
@@ -240,7 +240,7 @@ def test_a_stored_division_of_the_work_can_be_adopted(tmp_path):
 def test_without_resume_finished_units_are_refused(tmp_path):
     Store.open(tmp_path, manifest(), resume=False)
     Store.open(tmp_path, manifest(), resume=False).put(0, compute(0))
-    with pytest.raises(InvalidArgumentError, match="1 finished units of this sweep already; resume it"):
+    with pytest.raises(InvalidArgumentError, match="1 finished units of this run already; resume it"):
         Store.open(tmp_path, manifest(), resume=False)
 
 
@@ -317,9 +317,9 @@ def test_of_two_results_of_a_unit_the_first_stays(tmp_path):
     assert not store.get(0)["scores"].any()
 
 
-def test_two_sweeps_do_not_share_a_store_by_accident(tmp_path):
+def test_two_runs_do_not_share_a_store_by_accident(tmp_path):
     store, other = Store.open(tmp_path, manifest()), Store.open(tmp_path, manifest())
-    with store.lock(), pytest.raises(StoreError, match=rf"in use by another sweep \(process {os.getpid()} on"):
+    with store.lock(), pytest.raises(StoreError, match=rf"in use by another run \(process {os.getpid()} on"):
         list(run_units(2, compute, other, progress=False))
     with store.lock(shared=True), other.lock(shared=True), pytest.raises(StoreError, match="in use"):
         list(run_units(2, compute, store, progress=False))
@@ -329,7 +329,7 @@ def test_two_sweeps_do_not_share_a_store_by_accident(tmp_path):
     assert len(list(run_units(2, compute, other, progress=False))) == 2
 
 
-def test_a_killed_sweep_leaves_no_lock(tmp_path):
+def test_a_killed_run_leaves_no_lock(tmp_path):
     def hold():
         for _ in run_units(2, compute, Store.open(tmp_path, manifest()), progress=False):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""`Store`: a folder that keeps the finished units of a sweep, so that a killed one goes on where it stopped.
+"""`Store`: a folder that keeps the finished units of a run, so that a killed one goes on where it stopped.
 
-    manifest.json               what the numbers depend on (`bkdfast.sweep.provenance`)
+    manifest.json               what the numbers depend on, e.g. of `bkdfast.sweep.provenance`
     unit-00017.safetensors      tensors of one unit, with a hash of them and of the manifest in its metadata
-    lock                        held by the kernel's file lock while a sweep runs
+    lock                        held by the kernel's file lock while a run goes on
 
 A unit's file appears by one rename after its bytes are on disk, so that a process killed at any point leaves whole
 files and at most one temporary one. A file that is damaged all the same (a crash of the machine, a copy cut short)
@@ -30,15 +30,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from bkdfast.errors import InvalidArgumentError, StoreError
-from bkdfast.sweep.provenance import hash_tensors
+from bkdfast.jobs.hashing import hash_tensors
 
 INFORMATIVE = ("versions", "machine", "command")
-"""Keys of a manifest that may differ when a sweep goes on; other versions or devices only give a warning."""
+"""Keys of a manifest that may differ when it goes on; other versions or devices only give a warning."""
 
 _UNIT = re.compile(r"unit-(\d{5,})\.safetensors")
 _MANIFEST = "manifest.json"
 _MISSING = "nothing"
 _MEANING = {
+    "kind": "another kind of run",
+    "base": "another base model",
+    "tuned": "another tuned model",
+    "settings": "other settings",
     "weights": "other weights",
     "config": "a model of another configuration",
     "state": "another state of the model (autocast, adapters, hooks)",
@@ -53,12 +57,12 @@ _MEANING = {
 
 
 class Store:
-    """Finished units of one sweep in a folder; made by `Store.open`.
+    """Finished units of one run in a folder; made by `Store.open`.
 
     Attributes:
         path: the folder.
         manifest: the manifest of the folder.
-        key: hash of what identifies the sweep; every unit's file carries it.
+        key: hash of what identifies the run; every unit's file carries it.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -86,7 +90,7 @@ class Store:
                 chosen by the memory then free; read them off `store.manifest`.
 
         Raises:
-            InvalidArgumentError: the folder holds something else, or the results of another sweep; the message names
+            InvalidArgumentError: the folder holds something else, or the results of another run; the message names
                 the first thing that differs.
             StoreError: the folder cannot be made, read or written.
 
@@ -114,7 +118,7 @@ class Store:
         store = cls(folder, old)
         if not resume and (finished := store.done()):
             raise InvalidArgumentError(
-                f"{folder} has {len(finished)} finished units of this sweep already; resume it, pass another out=, or "
+                f"{folder} has {len(finished)} finished units of this run already; resume it, pass another out=, or "
                 "delete the folder to start over"
             )
         return store
@@ -176,16 +180,16 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
-        """Keep other sweeps off this store; the kernel lets go of the lock when the process ends, however it ends.
+        """Keep other runs off this store; the kernel lets go of the lock when the process ends, however it ends.
 
         Args:
-            shared: let in others that share the lock: the ranks of one sweep.
+            shared: let in others that share the lock: the ranks of one run.
 
-        The lock saves work, not the results: two sweeps that run on one store all the same (on a file system without
+        The lock saves work, not the results: two runs that run on one store all the same (on a file system without
         locks, or two of many ranks) only compute units twice.
 
         Raises:
-            StoreError: another sweep holds the lock.
+            StoreError: another run holds the lock.
         """
         import fcntl
 
@@ -200,7 +204,7 @@ class Store:
                 os.pwrite(file, holder.ljust(200), 0)
             except BlockingIOError as error:
                 raise StoreError(
-                    f"{self.path} is in use by another sweep ({os.pread(file, 200, 0).decode().strip()}); wait for it, "
+                    f"{self.path} is in use by another run ({os.pread(file, 200, 0).decode().strip()}); wait for it, "
                     f"or pass another out={_launcher_hint()}"
                 ) from error
             except OSError:  # a file system without locks, or a full one
@@ -223,7 +227,7 @@ class Store:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise _DamagedError(f"is damaged ({len(data)} bytes: {error})") from error
         if told.get("store") != self.key or told.get("unit") != str(unit):
-            raise _DamagedError("belongs to another sweep or unit")
+            raise _DamagedError("belongs to another run or unit")
         if told.get("hash") != hash_tensors(tensors):
             raise _DamagedError("is damaged (its contents do not fit its hash)")
         return tensors
@@ -335,4 +339,4 @@ def _show(value: Any) -> str:
 def _launcher_hint() -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ""
-    return "; for the ranks of one sweep, call join() (from bkdfast.sweep.units import join) before it"
+    return "; for the ranks of one run, call join() (from bkdfast.jobs.units import join) before it"

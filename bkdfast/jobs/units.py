@@ -1,4 +1,4 @@
-"""`run_units`: compute the units of a sweep that are not done, in one process or in many.
+"""`run_units`: compute the units of a run that are not done, in one process or in many.
 
 The processes are the ranks of `torch.distributed` (`torchrun`; see `join`), and the result is the same, bit for bit, as
 that of one: what a unit computes does not depend on who computes it. A rank draws its next unit from a counter in the
@@ -35,12 +35,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from bkdfast.errors import InvalidArgumentError, StoreError
-from bkdfast.sweep.store import Store
+from bkdfast.jobs.store import Store
 
 LEASE = 20.0
 """Seconds without a heartbeat after which a rank counts as lost."""
 
 Tensors = dict[str, torch.Tensor]
+
+_UNITS = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+_BYTES = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class _Bar(tqdm):
@@ -56,7 +59,8 @@ def run_units(
     *,
     costs: Sequence[float] | None = None,
     progress: bool = True,
-    description: str = "sweep",
+    description: str = "run",
+    labels: Sequence[str] | None = None,
     lease: float = LEASE,
 ) -> Iterator[tuple[int, Tensors]]:
     """Yield every unit with its tensors, once each: those in the store as they are, the others computed and stored.
@@ -69,6 +73,7 @@ def run_units(
         costs: the work in each unit, in any measure, for the time left; None: all alike.
         progress: show a progress bar (of rank 0).
         description: what the bar calls it.
+        labels: what each unit is called; the bar then shows the one in hand, and `costs` as bytes with their rate.
         lease: seconds without a heartbeat after which a rank counts as lost.
 
     Yields:
@@ -76,12 +81,12 @@ def run_units(
 
     Raises:
         InvalidArgumentError: several processes without a store.
-        StoreError: the store cannot be written, is in use by another sweep, or is not shared by the ranks.
+        StoreError: the store cannot be written, is in use by another run, or is not shared by the ranks.
     """
     rank, world = place()
     if world > 1 and store is None:
         raise InvalidArgumentError(
-            f"{world} processes share this sweep, but it has nowhere to keep results; pass out= with a folder that all "
+            f"{world} processes share this run, but it has nowhere to keep results; pass out= with a folder that all "
             "of them see"
         )
     costs = costs or [1.0] * total
@@ -95,7 +100,9 @@ def run_units(
                 total=sum(costs),
                 initial=min(sum(costs[unit] for unit in done), sum(costs)),
                 desc=description,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]",
+                bar_format=_BYTES if labels else _UNITS,
+                unit="B",
+                unit_scale=True,
                 disable=not progress or rank > 0,
             )
         )
@@ -107,6 +114,8 @@ def run_units(
             bar.update(min(work, bar.total - bar.n))  # sums in another order: a bar beyond its end warns
 
         def computed(unit: int) -> Tensors:
+            if labels:
+                bar.set_postfix_str(labels[unit])
             return compute(unit, lambda work: advance(unit, work))
 
         if store is None or world == 1:
@@ -115,11 +124,13 @@ def run_units(
             session = stack.enter_context(_Session(_c10d(store), rank, lease))
             units = _shared(total, computed, store, session)
         finished = len(done)
-        bar.set_postfix_str(f"{finished}/{total} units")
+        if not labels:
+            bar.set_postfix_str(f"{finished}/{total} units")
         for unit, tensors in units:
             if unit not in done:
                 finished += 1
-                bar.set_postfix_str(f"{finished}/{total} units", refresh=False)
+                if not labels:
+                    bar.set_postfix_str(f"{finished}/{total} units", refresh=False)
                 advance(unit, costs[unit])
             yield unit, tensors
 
@@ -184,7 +195,7 @@ def _shared(
 
 
 class _Session:
-    """One rank's part in one sweep: its claims and its heartbeat in the c10d store.
+    """One rank's part in one run: its claims and its heartbeat in the c10d store.
 
     `next` is the counter, `owner/<unit>` the session that computes a unit, with a `+` once it is stored;
     `alive/<session>` changes for as long as that session goes on, and `rank/<rank>` is the rank's latest session. All
@@ -298,7 +309,7 @@ class _Session:
 
 
 def _c10d(store: Store) -> Any:
-    """The ranks' c10d store, with keys of this sweep only; None if the backend has none (MPI)."""
+    """The ranks' c10d store, with keys of this run only; None if the backend has none (MPI)."""
     default = _joined[0] if _joined else None
     if dist.is_available() and dist.is_initialized():
         try:
