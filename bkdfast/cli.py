@@ -1,4 +1,4 @@
-"""The command line: `bkdfast demo | audit | sweep | baha | make-pair | doctor`."""
+"""The command line: `bkdfast demo | audit | svd | sweep | baha | make-pair | doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bkdfast._version import __version__
-from bkdfast.commands import baha, sweep
+from bkdfast.commands import baha, svd, sweep
 from bkdfast.commands.files import folder, write_text
 from bkdfast.errors import BkdfastError, InvalidArgumentError
 
@@ -22,6 +22,7 @@ Find and watch backdoors in language models. Start with
 
   bkdfast demo
   bkdfast audit --base base/ --tuned tuned/ --clean clean.jsonl --triggered triggered.jsonl
+  bkdfast svd base/ tuned/
   bkdfast baha tuned/ --clean clean.jsonl --triggered triggered.jsonl
   bkdfast sweep model/ data.jsonl
 """
@@ -146,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     audit.set_defaults(run=_audit)
 
+    svd.add(commands, [common])
     baha.add(commands, [common])
     sweep.add(commands, [common])
 

@@ -53,6 +53,7 @@ figure .scroll { margin: 0 0 .5rem; padding: .5rem; background: #fff; border: 1p
   border-radius: 8px; }
 figure img { display: block; width: 100%; min-width: 36rem; height: auto; }
 figcaption { max-width: 46rem; }
+details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); } details p { overflow-wrap: anywhere; }
 dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; max-width: 46rem; }
 @media print { body { max-width: none; padding: 0; } figure, table { break-inside: avoid; } }
 """
@@ -123,6 +124,11 @@ def _page(audit: Audit) -> str:
         + "</dl>",
         "<h2>Sources</h2>" + "".join(f"<p>{escape(source)}</p>" for source in _SOURCES),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page with this module's style, from parts that are HTML already; the title is escaped."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

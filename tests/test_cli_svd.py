@@ -1,0 +1,147 @@
+"""`bkdfast svd` on the demo pair: what it writes is what the library computes."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+
+import pytest
+import torch
+
+import bkdfast as bf
+from bkdfast import cli
+from bkdfast.demo import PAIR
+from bkdfast.svd.overlap import overlaps
+
+BASE, TUNED = PAIR / "base", PAIR / "tuned"
+FILES = {
+    "delta_svd.safetensors", "tensors.csv", "overlap.csv", "report.html", "spectra.png", "layers.png", "overlap.png",
+}  # fmt: skip
+
+
+def svd(out, *options, base=BASE, tuned=TUNED):
+    """Run the command; returns its status."""
+    return cli.main(["svd", str(base), str(tuned), "--quiet", "--out", str(out), *map(str, options)])
+
+
+def table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_written_is_what_the_library_computes(tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert svd(out, "--rank", 6, "--seed", 3, "--tolerance", 1e-3) == 0
+    said = capsys.readouterr().out
+    expected = bf.delta_svd(BASE, TUNED, rank=6, seed=3, tolerance=1e-3, progress=False)
+    assert FILES <= {path.name for path in out.iterdir()}
+    found = bf.DeltaSVD.load(out / "delta_svd.safetensors")
+    assert set(found) == set(expected) and len(found) == 43
+    for name, delta in expected.items():
+        assert torch.equal(found[name].u, delta.u) and torch.equal(found[name].s, delta.s)
+    rows = table(out / "tensors.csv")
+    assert {row["name"]: float(row["frobenius"]) for row in rows} == {n: d.frobenius for n, d in expected.items()}
+    pairs = overlaps(expected, "llama")
+    assert [float(row["overlap"]) for row in table(out / "overlap.csv")] == [
+        pytest.approx(pair.overlap) for pair in pairs
+    ]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in expected) and page.count("<img ") == 3 and "model type llama" in page
+    top = max(expected.values(), key=lambda delta: delta.frobenius)
+    assert top.name in said.splitlines()[0] and said.splitlines()[3].split()[:2] == [top.name, f"{top.frobenius:#.4g}"]
+    assert "report.html" in said.splitlines()[-1]
+
+
+def test_patterns_choose_what_is_compared(tmp_path):
+    patterns = ("--include", "*.o_proj.weight", "--include", "*.down_proj.weight", "--exclude", "*.layers.[0-3].*")
+    assert svd(tmp_path, "--rank", 2, *patterns) == 0
+    names = [f"model.layers.{i}.{p}.weight" for i in (4, 5) for p in ("self_attn.o_proj", "mlp.down_proj")]
+    assert sorted(row["name"] for row in table(tmp_path / "tensors.csv")) == sorted(names)
+    assert len(table(tmp_path / "overlap.csv")) == 4
+
+
+def test_a_model_compared_with_itself(tmp_path, capsys):
+    assert svd(tmp_path, "--rank", 2, "--include", "*proj*", tuned=BASE) == 0
+    assert "None of the 42 tensors that were compared differs." in capsys.readouterr().out
+    assert not (tmp_path / "spectra.png").exists() and (tmp_path / "report.html").exists()
+
+
+def test_gpt2_is_taken_as_it_is_stored(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=8)
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    out = tmp_path / "out"
+    assert svd(out, "--rank", 3, base=tmp_path / "base", tuned=tmp_path / "tuned") == 0
+    rows = {row["comparison"]: row for row in table(out / "overlap.csv") if row["first"] == "attn.c_proj"}
+    assert rows["same layer"]["second"] == "mlp.c_proj" and rows["next layer"]["factors"] == "v, v"
+    assert "as [in, out] (model type gpt2)" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", 0), "rank must be at least 1"),
+        (("--tolerance", -1), "tolerance must be positive"),
+        (("--include", "*.nothing.*"), "matches no tensor"),
+        (("--exclude", "*"), "nothing to compare"),
+        (("--include", "*layernorm*"), "nothing to compare: .* is 1-D"),
+        (("--device", "nowhere"), "device 'nowhere' cannot be used"),
+    ],
+)
+def test_bad_options_are_said_and_leave_nothing(tmp_path, capsys, options, message):
+    out = tmp_path / "out"
+    assert svd(out, *options) == 2
+    said = capsys.readouterr().err
+
+    assert re.search(message, said) and "Traceback" not in said and not out.exists()
+
+
+def test_bad_folders(tmp_path, capsys):
+    assert svd(tmp_path / "out", base=tmp_path / "none") == 2
+    assert "none" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert svd(tmp_path / "file") == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_a_config_is_not_needed(tmp_path):
+    for side in ("base", "tuned"):
+        (tmp_path / side).mkdir()
+        shutil.copy(PAIR / side / "model.safetensors", tmp_path / side)
+    (tmp_path / "tuned" / "config.json").write_text("no JSON")
+    sides = {"base": tmp_path / "base", "tuned": tmp_path / "tuned"}
+    assert svd(tmp_path / "out", "--rank", 2, "--include", "*.o_proj.weight", **sides) == 0
+    assert "no config was given" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_disk_is_full(tmp_path, capsys, monkeypatch):
+    from bkdfast.svd import result
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(result, "write_artifact", full)
+    assert svd(tmp_path, "--rank", 2, "--include", "*.o_proj.weight") == 2
+    said = capsys.readouterr()
+    assert "No space left" in said.err and "Fine-tuning changed 6 of 6 tensors" in said.out
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["svd", "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "bkdfast svd base/ tuned/ --dry-run" in said and "delta_svd.safetensors" in said
+    for option in (
+        "--rank",
+        "--include",
+        "--exclude",
+        "--tolerance",
+        "--seed",
+        "--device",
+        "--max-memory",
+        "--no-resume",
+    ):
+        assert option in said
