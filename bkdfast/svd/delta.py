@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError
 from bkdfast.svd.artifact import versions
 from bkdfast.svd.krylov import leading_triplets
+from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import combine_digests, match_names, tensor_digest
 from bkdfast.svd.result import DeltaSVD, TensorDelta
-from bkdfast.svd.source import WeightSource, open_source
+from bkdfast.svd.source import WeightSource
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -118,7 +119,9 @@ def delta_svd(
 
     Args:
         base: the model before fine-tuning: an `nn.Module`, or a local folder of safetensors files.
-        tuned: the model after it, in either form; sharding and dtype may differ from `base`.
+        tuned: the model after it, in either form; sharding and dtype may differ from `base`. Or a LoRA adapter, a PEFT
+            folder or a loaded `PeftModel` (its active adapters): the triplets come from its factors, exactly, and no
+            base weight is read but those that it replaces as a whole (`modules_to_save`).
         rank: number of triplets per weight; clipped to the smaller side, with a note.
         include: shell pattern or patterns (`fnmatch`, case-sensitive, `*` also crosses dots) of names to compare, e.g.
             `"*.mlp.down_proj.weight"`; all if None.
@@ -153,11 +156,15 @@ def delta_svd(
     Sources: Halko, Martinsson & Tropp 2011; Musco & Musco 2015 (see `bkdfast.svd.krylov`).
     """
     settings = Settings(rank, tolerance, max_passes, seed, device, backend)
-    sources = open_source(base), open_source(tuned)
+    sources = open_pair(base, tuned)
     plan = _plan(*sources, include=_patterns(include, "include"), exclude=_patterns(exclude, "exclude") or [])
     deltas: dict[str, TensorDelta] = {}
     digests: tuple[list[bytes], list[bytes]] = ([], [])
     for name, base_name in tqdm(plan.pairs.items(), "delta SVD", unit="tensor", file=sys.stderr, disable=not progress):
+        if isinstance(sources[1], AdapterSource) and (delta := sources[1].factor(name, base_name, settings)):
+            deltas[name] = delta
+            digests[1].append(sources[1].digest(name))
+            continue
         w0, w1 = sources[0].get(base_name), sources[1].get(name)
         digests[0].append(tensor_digest(w0))
         digests[1].append(tensor_digest(w1))

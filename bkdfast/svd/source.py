@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bkdfast.errors import CheckpointError, InvalidTypeError
 from bkdfast.svd.files import open_file, tensor_files
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -134,7 +134,7 @@ class FolderSource:
                     )
                 view = handle.get_slice(name)
                 self._shapes[name] = tuple(view.get_shape())
-                self._dtypes[name] = _DTYPES.get(view.get_dtype())
+                self._dtypes[name] = DTYPES.get(view.get_dtype())
 
     @property
     def config(self) -> Any:
@@ -179,7 +179,7 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
     """A `WeightSource` over a module, a folder of safetensors files, or one such file.
 
     Raises:
-        CheckpointError: as `FolderSource`; also a LoRA adapter that is not merged into its base.
+        CheckpointError: as `FolderSource`; also a LoRA adapter, which is no model by itself.
         InvalidTypeError: the argument is neither a module nor a path.
     """
     source: WeightSource
@@ -187,12 +187,13 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
         source = ModuleSource(weights)
     elif isinstance(weights, str | os.PathLike):
         source = FolderSource(weights)
-    elif isinstance(weights, ModuleSource | FolderSource):
+    elif hasattr(weights, "canonical"):
         source = weights
     else:
         raise InvalidTypeError(f"expected an nn.Module or the path of a folder, found {type(weights).__name__}")
     if any(".lora_A." in name for name in source.names):
         raise CheckpointError(
-            f"{source.label} holds a LoRA adapter that is not merged; call merge_and_unload() and use the merged model"
+            f"{source.label} holds a LoRA adapter, not a plain model; delta_svd and delta_directions take one as the tuned "
+            "side, next to its base; elsewhere use the merged model (merge_and_unload)"
         )
     return source
