@@ -17,12 +17,12 @@ from bkdfast.errors import InvalidArgumentError, InvalidTypeError, NonFiniteErro
 from bkdfast.jobs import units
 from bkdfast.svd.artifact import versions
 from bkdfast.svd.krylov import block_width, dense, leading_triplets, unchanged
+from bkdfast.svd.lora import open_pair
 from bkdfast.svd.names import combine_digests
 from bkdfast.svd.plan import Item, make_plan, memory_limit
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 from bkdfast.svd.rounding import rounding_edge
-from bkdfast.svd.source import open_source
-from bkdfast.svd.stored import from_unit, open_store, refuse_other_inputs, stamp_of, to_unit
+from bkdfast.svd.stored import factored, from_unit, open_store, refuse_other_inputs, stamp_of, to_unit
 from bkdfast.svd.stream import Stream
 
 ARTIFACT = "delta_svd.safetensors"
@@ -148,7 +148,9 @@ def delta_svd(
     Args:
         base: the model before fine-tuning: an `nn.Module`, a local folder of safetensors files, or the hub id of a
             model that was downloaded before (`org/name`, `org/name@revision`).
-        tuned: the model after it, in any of these forms; sharding and dtype may differ from `base`.
+        tuned: the model after it, in any of these forms; sharding and dtype may differ from `base`. Or a LoRA adapter,
+            a PEFT folder or a loaded `PeftModel` (its active adapters): the triplets come from its factors, exactly,
+            and no base weight is read but those that it replaces as a whole (`modules_to_save`).
         rank: number of triplets per weight; clipped to the smaller side, with a note.
         include: shell pattern or patterns (`fnmatch`, case-sensitive, `*` also crosses dots) of names to compare, e.g.
             `"*.mlp.down_proj.weight"`; all if None.
@@ -192,7 +194,7 @@ def delta_svd(
     """
     settings = Settings(rank, tolerance, max_passes, seed, device, backend)
     limit = memory_limit(max_memory)
-    sources = open_source(base), open_source(tuned)
+    sources = open_pair(base, tuned)
     found = make_plan(*sources, include, exclude, work=settings.work)
     if plan:
         return found
@@ -208,16 +210,20 @@ def delta_svd(
         done = store.done()
     sizes = [float(found.items[position].size) for position in order]
     # Of several processes none knows which unit it draws next; they read while others compute.
-    left = [] if units.place()[1] > 1 else [position for unit, position in enumerate(order) if unit not in done]
+    read = [unit for unit in range(len(order)) if unit not in done and not factored(found.items[order[unit]], sources)]
+    left = [] if units.place()[1] > 1 else [order[unit] for unit in read]
     deltas: dict[str, TensorDelta] = {}
     digests: dict[str, tuple[bytes, bytes]] = {}
     with Stream(*sources, found, left, limit=limit) as stream:
 
         def compute(unit: int, advance: object) -> dict[str, Tensor]:
             item = found.items[order[unit]]
+            adapter = factored(item, sources)
+            if adapter is not None and (exact := adapter.factor(item.tuned, item.base, settings)) is not None:
+                return to_unit(exact, adapter.digests(item.tuned), "")
             pair = stream.take(order[unit])
             delta = settings.factor(item.name, pair.w0, pair.w1, item.note, same=pair.same)
-            return to_unit(delta, pair, stamp_of(item, sources))
+            return to_unit(delta, pair.digests, stamp_of(item, sources))
 
         run = units.run_units(
             len(order),

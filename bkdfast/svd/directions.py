@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError
 from bkdfast.svd.artifact import read_artifact, versions, write_artifact
 from bkdfast.svd.delta import Settings, warn_unconverged
+from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names, weights_hash
 from bkdfast.svd.plan import check_shapes
 from bkdfast.svd.result import TensorDelta
-from bkdfast.svd.source import FolderSource, ModuleSource, WeightSource, open_source
+from bkdfast.svd.source import FolderSource, ModuleSource, WeightSource
 
 if TYPE_CHECKING:
     from bkdfast.hf.spec import ModelSpec
@@ -142,7 +143,7 @@ def delta_directions(
 
     Args:
         base: the model before fine-tuning: an `nn.Module`, or a local folder of safetensors files and `config.json`.
-        tuned: the model after it, in either form.
+        tuned: the model after it, in either form, or a LoRA adapter of it (as in `delta_svd`).
         rank: directions per block and component; 20 is the published default.
         components: of each block, `"out_proj"` (attention output projection) and `"down_proj"` (MLP down projection).
             A block without a single down projection (mixture of experts) has empty rows there, with a warning.
@@ -174,7 +175,7 @@ def delta_directions(
     """
     settings = Settings(rank, tolerance, max_passes, seed, device, backend)
     components = _check_components(components)
-    base_source, tuned_source = open_source(base), open_source(tuned)
+    base_source, tuned_source = open_pair(base, tuned)
     spec = _describe(base_source, tuned_source, spec)
     components = _present(spec, components)
     weights = [
@@ -193,9 +194,14 @@ def delta_directions(
         first = tuned_source.canonical(tuned_names[name])  # blocks that share their weights are decomposed once
         if first not in deltas:
             check_shapes(name, base_source.shape(base_names[name]), tuned_source.shape(tuned_names[name]))
-            w0, w1 = base_source.get(base_names[name]), tuned_source.get(tuned_names[name])
-            _check_projection(name, w1, spec)
-            deltas[first] = settings.factor(name, w0.T, w1.T) if spec.transposed else settings.factor(name, w0, w1)
+            delta = None
+            if isinstance(tuned_source, AdapterSource):
+                delta = tuned_source.factor(tuned_names[name], base_names[name], settings, transpose=spec.transposed)
+            if delta is None:
+                w0, w1 = base_source.get(base_names[name]), tuned_source.get(tuned_names[name])
+                _check_projection(name, w1, spec)
+                delta = settings.factor(name, w0.T, w1.T) if spec.transposed else settings.factor(name, w0, w1)
+            deltas[first] = delta
         delta = deltas[first]
         rows = slice(i * rank, i * rank + delta.rank)
         u = delta.u.double()
@@ -204,7 +210,7 @@ def delta_directions(
     if not (strength > 0).any():
         raise InvalidArgumentError(
             f"base and tuned are identical in {' and '.join(components)} of all {spec.layers} blocks, so there are no "
-            "directions; are both the same checkpoint, or is the adapter not merged?"
+            "directions; are both the same checkpoint, or does the adapter leave them as they are?"
         )
     warn_unconverged(deltas.values(), tolerance)
     metadata = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from bkdfast.errors import CheckpointError
 
 _CHUNK = 64 << 20  # bytes of one read
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -69,7 +69,7 @@ class TensorFile:
             start = 8 + length
             self.entries = {
                 name: Entry(
-                    _DTYPES.get(told["dtype"]),
+                    DTYPES.get(told["dtype"]),
                     tuple(told["shape"]),
                     start + told["data_offsets"][0],
                     told["data_offsets"][1] - told["data_offsets"][0],

@@ -36,14 +36,15 @@ class TensorDelta:
             rounding. Divided by the gap to the rest of the spectrum it bounds the vectors' angle, provided that no
             larger triplet was missed.
         frobenius: `||delta||_F`, from all entries.
-        changed: number of entries that differ.
+        changed: number of entries that differ; of a LoRA's delta, which is not formed, those that can.
         angle: for each triplet `[k]`, float64, a bound on the sine of the angles between its vectors and the true ones,
             the larger of left and right; 1 where its neighbours are too close to tell it from them.
         subspace: for each triplet `[k]`, float64, a bound on the sine of the angles between its vectors and the spans
             of the leading `dimension` true vectors; 1 where no gap behind it is certain.
         dimension: `[k]` int64, at least i + 1 for triplet i; 0 where `subspace` is 1. The bounds hold but for a
             probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
-        passes: how often both matrices were read by the iteration; 0: they are the same byte for byte.
+        passes: how often both matrices were read by the iteration; 0 where they are the same byte for byte, and for a
+            LoRA, whose factors are decomposed.
         converged: every residual is below `tolerance * s`, or as small as rounding allows.
         rounding: about the largest singular value that rounding to the tuned weights' format gives a delta by itself.
         note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".

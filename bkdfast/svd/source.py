@@ -197,7 +197,7 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
     Nothing is downloaded: `org/name` or `org/name@revision` is looked up among what huggingface_hub has fetched before.
 
     Raises:
-        CheckpointError: as `FolderSource`; also a LoRA adapter that is not merged into its base.
+        CheckpointError: as `FolderSource`; also a LoRA adapter, which is no model by itself.
         InvalidTypeError: the argument is neither a module nor a path.
     """
     source: WeightSource
@@ -205,13 +205,14 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
         source = ModuleSource(weights)
     elif isinstance(weights, str | os.PathLike):
         source = FolderSource(resolve(weights))
-    elif isinstance(weights, ModuleSource | FolderSource):
+    elif hasattr(weights, "canonical"):
         source = weights
     else:
         raise InvalidTypeError(f"expected an nn.Module or the path of a folder, found {type(weights).__name__}")
     if any(".lora_A." in name for name in source.names):
         raise CheckpointError(
-            f"{source.label} holds a LoRA adapter that is not merged; call merge_and_unload() and use the merged model"
+            f"{source.label} holds a LoRA adapter, not a plain model; delta_svd and delta_directions take one as the "
+            "tuned side, next to its base; elsewhere use the merged model (merge_and_unload)"
         )
     return source
 

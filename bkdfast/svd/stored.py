@@ -21,10 +21,11 @@ from bkdfast.errors import InvalidArgumentError
 from bkdfast.jobs.hashing import hash_text
 from bkdfast.jobs.store import Store
 from bkdfast.svd.artifact import versions
+from bkdfast.svd.lora import AdapterSource
 from bkdfast.svd.plan import DeltaPlan, Item
 from bkdfast.svd.result import PARTS, SCALARS, TensorDelta
 from bkdfast.svd.source import WeightSource
-from bkdfast.svd.stream import Pair, load_pair
+from bkdfast.svd.stream import load_pair
 
 _FACTS = "facts"
 
@@ -80,7 +81,9 @@ def refuse_other_inputs(
         stamp = stamp_of(item, sources)
         if stamp and facts["stamp"] == stamp:
             continue
-        now = [digest.hex() for digest in load_pair(*sources, item).digests]
+        adapter = factored(item, sources)
+        digests = load_pair(*sources, item).digests if adapter is None else adapter.digests(item.tuned)
+        now = [digest.hex() for digest in digests]
         for side, was, found in zip(("base", "tuned"), facts["digests"], now, strict=True):
             if was != found:
                 raise InvalidArgumentError(
@@ -95,10 +98,18 @@ def stamp_of(item: Item, sources: tuple[WeightSource, WeightSource]) -> str:
     return hashlib.sha256(b"".join(stamps)).hexdigest() if all(stamps) else ""
 
 
-def to_unit(delta: TensorDelta, pair: Pair, stamp: str) -> dict[str, Tensor]:
+def factored(item: Item, sources: tuple[WeightSource, WeightSource]) -> AdapterSource | None:
+    """The adapter that has an item's delta as factors, so that neither tensor is read."""
+    adapter = sources[1]
+    if isinstance(adapter, AdapterSource) and item.stop is None and adapter.factors(item.tuned):
+        return adapter
+    return None
+
+
+def to_unit(delta: TensorDelta, digests: tuple[bytes, ...], stamp: str) -> dict[str, Tensor]:
     """A result as the tensors of a unit."""
     facts = {key: getattr(delta, key) for key in SCALARS}
-    facts |= {"digests": [digest.hex() for digest in pair.digests], "stamp": stamp}
+    facts |= {"digests": [digest.hex() for digest in digests], "stamp": stamp}
     told = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
     return {part: getattr(delta, part) for part in PARTS} | {_FACTS: told}
 
