@@ -8,9 +8,11 @@ when they are asked for, into a buffer that is gone with the tensor. That a file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from bkdfast.errors import CheckpointError
 
 _CHUNK = 64 << 20  # bytes of one read
+_MAPPED = 1 << 20  # bytes from which on a buffer is mapped
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -96,7 +99,7 @@ class TensorFile:
             stop = shape[0] if stop is None else min(stop, shape[0])
             shape = (stop - start, *shape[1:])
             offset += start * math.prod(shape[1:]) * entry.dtype.itemsize
-        buffer = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        buffer = _buffer(math.prod(shape) * entry.dtype.itemsize)
         self._fill(name, buffer.numpy().data, offset)
         return buffer.view(entry.dtype).reshape(shape)
 
@@ -115,6 +118,17 @@ class TensorFile:
             raise CheckpointError(f"cannot read {name} from {self.path}: {error.strerror or error}") from error
         if state != self._state or done < len(view):
             raise CheckpointError(f"{self.path} was changed while it was being read (at {name}); run again")
+
+
+def _buffer(size: int) -> Tensor:
+    """Bytes that go back to the system with the tensor: the heap keeps what it is given in pieces of this size."""
+    if size < _MAPPED:
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _state(handle: int) -> tuple[int, int, int]:
