@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
+from bkdfast.commands import common
 from bkdfast.commands.files import folder
 from bkdfast.errors import BkdfastError, InvalidArgumentError
 
@@ -47,8 +47,8 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         description=DESCRIPTION,
         epilog=AFTER,
     )
-    parser.add_argument("base", type=Path, metavar="BASE", help="folder of the model before fine-tuning")
-    parser.add_argument("tuned", type=Path, metavar="TUNED", help="folder of the model after it")
+    parser.add_argument("base", metavar="BASE", help="folder of the model before fine-tuning")
+    parser.add_argument("tuned", metavar="TUNED", help="folder of the model after it")
     what = parser.add_argument_group("what is compared")
     what.add_argument(
         "--include", action="append", metavar="PATTERN", help="only tensors of such names; may be repeated"
@@ -113,6 +113,8 @@ def run(options: argparse.Namespace) -> int:
             raise InvalidArgumentError(
                 f"nothing to compare: --include and --exclude leave no matrix of floating-point numbers{skipped}"
             )
+        if not common.leading():
+            return 0
         try:
             found.save(options.out / "delta_svd.safetensors")
             page = write_delta_report(found, options.out, model_type=_model_type(options.tuned, options.base))
@@ -131,14 +133,15 @@ def _known(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _model_type(*models: Path) -> str | None:
-    """`model_type` of the first config.json that says one."""
-    for path in models:
-        config = (path if path.is_dir() else path.parent) / "config.json"
+def _model_type(*models: str) -> str | None:
+    """`model_type` of the first config that can be read."""
+    from bkdfast.svd.source import open_source
+
+    for model in models:
         try:
-            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError, AttributeError):
+            config = open_source(model).config
+        except BkdfastError:
             continue
-        if isinstance(kind, str):
+        if isinstance(kind := getattr(config, "model_type", None), str):
             return kind
     return None

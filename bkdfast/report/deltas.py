@@ -308,7 +308,9 @@ def _sides(found: Sequence[Overlap]) -> str:
 
 
 def _tensors(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("tensor", "norm", "energy", "changed", "rank", "s1", "above noise", "angle bound", "converged", "notes")
+    notes = any(row["note"] for row in rows)
+    head = ["tensor", "norm", "energy", "changed", "rank", "s1", "above noise", "angle bound", "converged"]
+    head += ["notes"] * notes
     body = [
         (
             row["name"],
@@ -317,7 +319,7 @@ def _tensors(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['above_noise']}" if row["rank"] else "–",
             _cells(row)[4],
             "yes" if row["converged"] else "no",
-            row["note"] or "",
+            *(row["note"],) * notes,
         )
         for row in rows
     ]
@@ -407,7 +409,7 @@ def _left_out(result: DeltaSVD) -> str:
     for reason, _ in Counter(result.skipped.values()).most_common():
         groups.append((reason, [name for name, why in result.skipped.items() if why == reason]))
     parts = [
-        f"<details><summary>{len(names)} {escape(why)}</summary><p>{escape(', '.join(names))}</p></details>"
+        f"<details><summary>{len(names)}: {escape(why)}</summary><p>{escape(', '.join(names))}</p></details>"
         for why, names in groups
         if names
     ]
