@@ -36,8 +36,8 @@ def tensor_files(path: Path) -> dict[str, Path]:
         raise CheckpointError(f"there is no folder {path}: {hint}")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} holds a PEFT adapter, not a model; delta_svd and delta_directions take one as the tuned side, next to "
-            "its base; elsewhere use the merged model (merge_and_unload)"
+            f"{path} holds a PEFT adapter, not a model; delta_svd and delta_directions take one as the tuned "
+            "side, next to its base; elsewhere use the merged model (merge_and_unload)"
         )
     indices = sorted(path.glob("*.safetensors.index.json"))
     preferred = path / "model.safetensors.index.json"
