@@ -238,7 +238,7 @@ def extract_lora(
     matched = match_names(sources[1].names, sources[0].names)
     found: dict[str, Extracted] = {}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    weak, unchanged, work = [], 0, [*plan.pairs, *rest]
+    computed, unchanged, work = [], 0, [*plan.pairs, *rest]
     for name in tqdm(work, "extract LoRA", unit="tensor", file=sys.stderr, disable=not progress):
         reason = rest.get(name, "") or layout.obstacle(name)
         if name in plan.resized:
@@ -254,7 +254,7 @@ def extract_lora(
         if kept == 0:
             unchanged += 1
             continue
-        weak.append(delta)
+        computed.append(delta)
         captured = min(1.0, float(delta.s[:kept].square().sum()) / delta.frobenius**2)
         found[name] = Extracted(name, "lora", delta.shape, kept, delta.frobenius, captured, note)
         half = delta.s[:kept].sqrt()
@@ -265,7 +265,7 @@ def extract_lora(
     if not factors:
         what = "differ only in what a LoRA cannot carry: " + ", ".join(list(found)[:3]) if found else "are identical"
         raise InvalidArgumentError(f"base and tuned {what}; there is nothing to extract, and {path} was not written")
-    warn_unconverged(weak, tolerance)
+    warn_unconverged(computed, tolerance)
     whole = layout.saved(list(found), set(factors), sources[1]) if save_rest else {}
     for name, one in found.items():
         if one.how == "lost" and name in whole and name not in plan.resized:
@@ -280,6 +280,9 @@ def _free(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InvalidArgumentError(f"{path} exists and is not empty; choose another folder, or remove it")
+    above = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InvalidArgumentError(f"cannot write to {path}: {above} is not a folder that can be written to")
     return path
 
 

@@ -194,6 +194,8 @@ def write_adapter(
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         os.chmod(temporary / WEIGHTS, 0o644)  # safetensors makes files that only their owner can read
+        with open(temporary / WEIGHTS, "rb") as file:
+            os.fsync(file.fileno())
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except SafetensorError as error:

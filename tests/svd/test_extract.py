@@ -258,6 +258,22 @@ def test_an_adapter_is_brought_to_a_lower_rank(tmp_path):
     close(merge(loaded(base, tmp_path / "a"))[O_PROJ] - before, truncated(delta, 2), delta.norm())
 
 
+def test_published_names_without_the_prefix(tmp_path):
+    from safetensors.torch import save_file
+
+    base = gpt2()
+    tuned = noisy(base, only="c_proj|c_fc")
+    for side, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / side)
+        state = {n.removeprefix("transformer."): v.clone() for n, v in model.transformer.state_dict().items()}
+        save_file(state, tmp_path / side / "model.safetensors")
+    found = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=40)
+    assert len(found.tensors) == 6 and "h.0.attn.c_proj.weight" in found.tensors
+    after = merge(loaded(base, tmp_path / "a"))
+    for name, weight in tuned.state_dict().items():
+        torch.testing.assert_close(after[name], weight.double(), rtol=0, atol=1e-5)
+
+
 def test_dtype_of_the_adapter(tmp_path):
     base = llama().bfloat16()
     tuned = noisy(base)
