@@ -10,7 +10,7 @@ from bkdfast.hf.prepare import prepare
 from bkdfast.monitor import Monitor
 from bkdfast.ops.edit_table import EditTable
 from bkdfast.ops.patch_heads import patch_heads
-from bkdfast.svd import DeltaSVD, Directions, delta_directions, delta_svd
+from bkdfast.svd import DeltaSVD, Directions, Extraction, delta_directions, delta_svd, extract_lora
 from bkdfast.sweep import SweepResult, cumulative, metrics, screen, screened_sweep, sweep
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Directions",
     "Edit",
     "EditTable",
+    "Extraction",
     "Mean",
     "Monitor",
     "Patch",
@@ -31,6 +32,7 @@ __all__ = [
     "cumulative",
     "delta_directions",
     "delta_svd",
+    "extract_lora",
     "head_means",
     "head_outputs",
     "hf",

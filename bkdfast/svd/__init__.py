@@ -2,7 +2,17 @@
 
 from bkdfast.svd.delta import delta_svd
 from bkdfast.svd.directions import Directions, delta_directions
+from bkdfast.svd.extract import Extraction, extract_lora
 from bkdfast.svd.names import weights_hash
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 
-__all__ = ["DeltaSVD", "Directions", "TensorDelta", "delta_directions", "delta_svd", "weights_hash"]
+__all__ = [
+    "DeltaSVD",
+    "Directions",
+    "Extraction",
+    "TensorDelta",
+    "delta_directions",
+    "delta_svd",
+    "extract_lora",
+    "weights_hash",
+]

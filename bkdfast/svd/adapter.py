@@ -128,8 +128,8 @@ def _of_folder(path: Path) -> Adapter:
     if not (path / WEIGHTS).is_file():
         pickle = (
             ", only a pickle, adapter_model.bin, which is not read because loading one runs code; if you trust it, "
+            "load it with PeftModel.from_pretrained and save it again with save_pretrained"
         )
-        pickle += "load it with PeftModel.from_pretrained and save it again with save_pretrained"
         raise CheckpointError(f"{label} has no {WEIGHTS}" + (pickle if (path / "adapter_model.bin").is_file() else ""))
     with open_file(path / WEIGHTS) as handle:
         stored = {}
@@ -156,7 +156,7 @@ def _of_folder(path: Path) -> Adapter:
         elif name.endswith(".base_layer.weight"):
             copies[name.replace(".base_layer.", ".")] = Full(shape, dtype, reader(key))
         else:
-            full[_SAVED.sub("", name)] = Full(shape, dtype, reader(key))
+            full[_SAVED.sub("", name).replace(".base_layer.", ".")] = Full(shape, dtype, reader(key))
     if len(adapters) > 1:
         raise CheckpointError(
             f"{label} has the adapters {', '.join(sorted(map(str, adapters)))} in one file; save each to a folder"
@@ -227,7 +227,7 @@ def _rank(label: str, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> in
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int, label: str) -> float:
-    """Alpha / r (or alpha / sqrt(r)) of one module: the first pattern that its name ends with, as PEFT has it."""
+    """The scaling alpha / r (or alpha / sqrt(r)) of one module: the first pattern that its name ends with."""
 
     def of(patterns: dict[str, Any] | None, default: Any) -> Any:
         for pattern, value in (patterns or {}).items():

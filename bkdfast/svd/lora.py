@@ -80,7 +80,8 @@ class AdapterSource:
     """The tuned model that base and adapter make, as a `WeightSource` with the base's names.
 
     `factor` gives exact triplets without reading a base weight; `get` merges one weight as PEFT does. LoRAs of two
-    modules that share one weight add up, as they do when they are merged.
+    modules that share one weight add up, as they do when they are merged; but one and the same LoRA of both (PEFT's
+    `ensure_weight_tying`) counts once, as it does in the unmerged model, although merging adds it twice.
 
     Raises:
         CheckpointError: the adapter does not fit the base.
@@ -90,6 +91,8 @@ class AdapterSource:
         self.base, self.adapter, self.label = base, adapter, adapter.label
         self._layout: nn.Module | None = None
         self._parts: dict[str, list[tuple[Part, bool]]] = {}
+        wanted = dict.fromkeys([*(f"{part.module}.weight" for part in adapter.parts), *adapter.copies])
+        self._names = match_names(wanted, base.names)
         for part in adapter.parts:
             name = self._locate(f"{part.module}.weight")
             self._parts.setdefault(base.canonical(name), []).append((part, self._transposed(part, name)))
@@ -109,11 +112,9 @@ class AdapterSource:
 
     def _locate(self, name: str) -> str:
         """The base's name of an adapted weight; of a tied one that no file stores, the embedding's."""
-        if found := match_names([name], self.base.names):
-            return found[name]
-        config = self.base.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(text, "tie_word_embeddings", False) and name.endswith(("lm_head.weight", "embed_out.weight")):
+        if name in self._names:
+            return self._names[name]
+        if self._is_tied() and name.endswith(("lm_head.weight", "embed_out.weight")):
             stored = [own for own in self.base.names if f".{own}".endswith(tuple(f".{e}" for e in _EMBEDDINGS))]
             if len(stored) == 1:
                 return stored[0]
@@ -193,7 +194,7 @@ class AdapterSource:
         if self.base.canonical(name) not in self._parts:
             return self.base.get(name, start, stop)
         weight = self.base.get(name)
-        for part, transposed in self._parts.get(self.base.canonical(name), ()):
+        for part, transposed in self._distinct(name):
             a, b = part.read()
             half = a.dtype in (torch.float16, torch.bfloat16) and a.device.type == "cpu"
             product = b.float() @ a.float() if half else b @ a
@@ -207,15 +208,39 @@ class AdapterSource:
 
     def delta(self, name: str) -> LowRank | None:
         """The delta of a weight as a product; None where the adapter has no LoRA of it."""
-        found = self._parts.get(self.base.canonical(name))
-        if found is None or name in self._full:
+        if name in self._full or not (found := self._distinct(name)):
             return None
-        left, right = [], []
+        products = [_product(part, transposed) for part, transposed in found]
+        return LowRank(torch.cat([left for left, _ in products], 1), torch.cat([right for _, right in products], 0))
+
+    def _distinct(self, name: str) -> list[tuple[Part, bool]]:
+        """The LoRAs of a weight; one that several modules have in common, once."""
+        found = self._parts.get(self.base.canonical(name), [])
+        if len({part.module for part, _ in found}) < 2:
+            return found
+        distinct: list[tuple[Part, bool]] = []
+        seen: list[tuple[str, LowRank]] = []
         for part, transposed in found:
-            a, b = (factor.to("cpu", torch.float64) for factor in part.read())
-            left.append(a.T * part.scaling if transposed else b * part.scaling)
-            right.append(b.T if transposed else a)
-        return LowRank(torch.cat(left, 1), torch.cat(right, 0))
+            left, right = _product(part, transposed)
+            if any(
+                part.module != module and torch.equal(left, other.left) and torch.equal(right, other.right)
+                for module, other in seen
+            ):
+                continue
+            distinct.append((part, transposed))
+            seen.append((part.module, LowRank(left, right)))
+        return distinct
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether the base uses this weight under several names."""
+        if any(self.base.canonical(own) == self.base.canonical(name) for own in self.base.names if own != name):
+            return True
+        return self._is_tied() and f".{name}".endswith(tuple(f".{end}" for end in _EMBEDDINGS))
+
+    def _is_tied(self) -> bool:
+        config = self.base.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return bool(getattr(text, "tie_word_embeddings", False))
 
     def digests(self, name: str) -> tuple[bytes, bytes]:
         """Of the base's weight, which is not read, nothing; and of the factors (of none, nothing)."""
@@ -244,10 +269,17 @@ class AdapterSource:
         if transpose:
             product = LowRank(product.right.T, product.left.T)
         notes = [f"LoRA of rank {product.left.shape[1]}"] if product.left.shape[1] else []
-        shared = [part.module for part, _ in self._parts.get(self.base.canonical(name), ())]
-        if len(set(shared)) > 1:
-            notes.append(f"the LoRAs of {' and '.join(dict.fromkeys(shared))}, which share this weight, added")
+        if notes and (modules := dict.fromkeys(part.module for part, _ in self._distinct(name))):
+            if len(modules) > 1:
+                notes.append(f"the LoRAs of {' and '.join(modules)}, which share this weight, added as by merging")
+            elif self._is_shared(name) and len({part.module for part, _ in self._parts[self.base.canonical(name)]}) < 2:
+                notes.append(f"of {next(iter(modules))} only; once merged it changes all that share this weight")
         return factor_product(name, product, settings.rank, dtype, notes)
+
+
+def _product(part: Part, transposed: bool) -> LowRank:
+    a, b = (factor.to("cpu", torch.float64) for factor in part.read())
+    return LowRank(a.T * part.scaling, b.T) if transposed else LowRank(b * part.scaling, a)
 
 
 def factor_product(

@@ -209,7 +209,7 @@ def open_source(weights: nn.Module | str | os.PathLike[str] | WeightSource) -> W
         source = weights
     else:
         raise InvalidTypeError(f"expected an nn.Module or the path of a folder, found {type(weights).__name__}")
-    if any(".lora_A." in name for name in source.names):
+    if any(".lora_A." in name or ".lora_embedding_A" in name for name in source.names):
         raise CheckpointError(
             f"{source.label} holds a LoRA adapter, not a plain model; delta_svd and delta_directions take one as the "
             "tuned side, next to its base; elsewhere use the merged model (merge_and_unload)"

@@ -97,6 +97,10 @@ CASES = {
     "tied embedding": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied head": ("tied", {"target_modules": ["lm_head", "q_proj"]}),
     "tied both": ("tied", {"target_modules": ["lm_head", "embed_tokens"]}),
+    "tied modules_to_save": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
 }
 
 
@@ -121,6 +125,74 @@ def test_against_peft(case, tmp_path):
         assert "adapter" in result.metadata["tuned"] or "PeftModel" in result.metadata["tuned"]
     if "modules_to_save" not in config:
         assert all(delta.passes == 0 for delta in result.values())
+
+
+def test_one_lora_of_embedding_and_head_counts_once(tmp_path):
+    """PEFT ties the factors; its merge adds them to the shared weight twice, which the unmerged model does not."""
+    base = llama(tied=True)
+    wrapped = adapted(base, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    layer = wrapped.get_base_model().model.embed_tokens
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    expected = ((b.double() @ a.double()).T * layer.scaling["default"]).norm().item()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    for pair in ((base, wrapped), (tmp_path / "base", tmp_path / "adapter")):
+        delta = run(*pair)["model.embed_tokens.weight"]
+        assert delta.frobenius == pytest.approx(expected) and delta.note.startswith("LoRA of rank 4; rank clipped")
+    head = wrapped.get_base_model().lm_head.lora_A["default"]
+    head.weight = torch.nn.Parameter(2 * head.weight.detach())
+    both = run(base, wrapped)["model.embed_tokens.weight"]
+    assert both.frobenius == pytest.approx(3 * expected, rel=1e-6) and "added as by merging" in both.note
+
+
+def test_a_shared_weight_is_noted(tmp_path):
+    base = llama(tied=True)
+    base.save_pretrained(tmp_path / "base")
+    wrapped = adapted(base, target_modules=["embed_tokens", "o_proj"])
+    for side in (base, tmp_path / "base"):
+        result = run(side, wrapped)
+        assert "of model.embed_tokens only; once merged" in result["model.embed_tokens.weight"].note
+        assert "merged" not in result[O_PROJ].note
+    untied = llama()
+    alone = run(untied, adapted(untied, target_modules=["embed_tokens"]))["model.embed_tokens.weight"]
+    assert "merged" not in alone.note
+
+
+def test_adapters_that_transformers_holds(tmp_path):
+    base = llama()
+    model = copy.deepcopy(base)
+    model.add_adapter(peft.LoraConfig(r=3, target_modules=["o_proj", "q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    expected = merged(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
+    for tuned in (model, tmp_path, torch.compile(model)):
+        result = run(base, tuned)
+        check(base, expected, result)
+        assert result[O_PROJ].rank == 3
+
+
+def test_published_names_without_the_prefix(tmp_path):
+    base = gpt2()
+    wrapped = adapted(base, target_modules=["c_proj", "c_attn"])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    state = {n.removeprefix("transformer."): v.clone() for n, v in base.transformer.state_dict().items()}
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    expected = run(base, wrapped)
+    got = run(tmp_path / "base", tmp_path / "adapter")
+    for name in ("h.0.attn.c_proj.weight", "h.1.mlp.c_proj.weight"):
+        assert torch.equal(got[name].u, expected[f"transformer.{name}"].u) and got[name].rank == 4
+
+
+def test_two_modules_are_not_taken_for_one_weight():
+    class Net(torch.nn.Module):
+        def __init__(self, *names):
+            super().__init__()
+            for name in names:
+                self.add_module(name, torch.nn.ModuleDict({"h": torch.nn.ModuleDict({"w": torch.nn.Linear(3, 3)})}))
+
+    wrapped = adapted(Net("a", "b"), target_modules=["w"], r=1)
+    with pytest.raises(CheckpointError, match="adapts a.h.w.weight, which"):
+        run(torch.nn.ModuleDict({"h": torch.nn.ModuleDict({"w": torch.nn.Linear(3, 3)})}), wrapped)
 
 
 def test_no_base_weight_is_read(tmp_path, monkeypatch):

@@ -1,0 +1,364 @@
+"""LoRA extraction: the delta of a full fine-tune, truncated weight by weight, as a PEFT adapter.
+
+The truncated SVD `u diag(s) v^T` is the best approximation of a delta in its rank (Eckart & Young 1936); its factors
+`B = u sqrt(s)`, `A = sqrt(s) v^T` are a LoRA of scaling 1. The rank is fixed, or each weight gets the smallest that
+meets a rule. What a LoRA cannot carry is counted and named, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError
+from bkdfast.svd.delta import Settings, _patterns, _plan, warn_unconverged
+from bkdfast.svd.layout import Layout, write_adapter
+from bkdfast.svd.lora import AdapterSource, open_pair
+from bkdfast.svd.names import match_names
+from bkdfast.svd.result import DeltaSVD, TensorDelta
+from bkdfast.svd.source import WeightSource
+
+if TYPE_CHECKING:
+    import pandas
+
+_FIRST = 16
+_MAX_RANK = 128
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of the delta of one changed weight.
+
+    Attributes:
+        name: of the weight, in the tuned model.
+        how: `"lora"`, `"saved"` (whole, by modules_to_save or as a bias) or `"lost"`.
+        shape: of the weight.
+        rank: of its LoRA; 0 without one.
+        frobenius: `||delta||_F`.
+        energy: share of `||delta||_F^2` that the adapter carries, 0 to 1, before rounding to its dtype.
+        note: why it has no LoRA, or why its LoRA does not meet the rule; else "".
+    """
+
+    name: str
+    how: str
+    shape: tuple[int, ...]
+    rank: int
+    frobenius: float
+    energy: float
+    note: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Extraction:
+    """What `extract_lora` wrote.
+
+    Attributes:
+        path: the adapter's folder.
+        tensors: every changed weight by its name; those that did not change are left out.
+        unchanged: number of weights that did not change.
+    """
+
+    path: Path
+    tensors: dict[str, Extracted]
+    unchanged: int
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared Frobenius norm of all deltas together that the adapter carries, 0 to 1."""
+        total = sum(one.frobenius**2 for one in self.tensors.values())
+        return sum(one.energy * one.frobenius**2 for one in self.tensors.values()) / total if total else 0.0
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Names of the changed weights of which the adapter has nothing."""
+        return tuple(one.name for one in self.tensors.values() if one.how == "lost")
+
+    def share(self, names: Iterable[str]) -> float:
+        """Share of the named weights in the squared norm of all deltas together, 0 to 1."""
+        total = sum(one.frobenius**2 for one in self.tensors.values())
+        return sum(self.tensors[name].frobenius ** 2 for name in names) / total if total else 0.0
+
+    def __repr__(self) -> str:
+        ranks = [one.rank for one in self.tensors.values() if one.how == "lora"]
+        saved = sum(one.how == "saved" for one in self.tensors.values())
+        parts = [f"{len(ranks)} LoRAs of rank {min(ranks)} to {max(ranks)}", f"{self.energy:.1%} of the squared norm"]
+        parts += [f"{saved} saved whole"] if saved else []
+        parts += [f"{len(self.lost)} lost"] if self.lost else []
+        return f"Extraction({', '.join(parts)}; {self.path})"
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per changed weight, indexed by name: how, shape, rank, frobenius, energy, note.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install 'bkdfast[viz]'") from error
+        rows = [vars(one) for one in self.tensors.values()]
+        return pd.DataFrame(rows, columns=list(Extracted.__dataclass_fields__)).set_index("name")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many triplets of a delta are kept: a number, or the fewest that meet `energy` or `tol`, up to `max_rank`.
+
+    Raises:
+        InvalidArgumentError: a number is out of its range, or two rules are given.
+        InvalidTypeError: a rank is not an integer.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    tol: float | None = None
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank", "energy", "tol") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidArgumentError(f"give one of rank, energy and tol, found {' and '.join(given) or 'none'}")
+        for name in ("rank", "max_rank"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InvalidTypeError(f"{name} must be an integer, found {value!r}")
+            if value is not None and value < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, found {value}")
+        for name in ("energy", "tol"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InvalidArgumentError(f"{name} must be above 0 and at most 1, found {value}")
+
+    @property
+    def limit(self) -> int:
+        """The most triplets."""
+        return min(x for x in (self.rank or _MAX_RANK if self.max_rank is None else self.max_rank, self.rank) if x)
+
+    def count(self, delta: TensorDelta) -> tuple[int, bool]:
+        """How many of a delta's triplets to keep, and whether no further one is needed to meet the rule."""
+        s = delta.s
+        if self.energy is not None:
+            reached = s.square().cumsum(0) >= self.energy * (1 - 1e-12) * delta.frobenius**2
+            return (int(reached.int().argmax()) + 1, True) if bool(reached.any()) else (len(s), False)
+        if self.tol is not None:
+            kept = int((s >= self.tol * s[0]).sum()) if len(s) else 0
+            return kept, kept < len(s)
+        return min(len(s), self.limit), len(s) >= self.limit
+
+
+def extract_lora(
+    base: nn.Module | str | os.PathLike[str],
+    tuned: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    tol: float | None = None,
+    max_rank: int | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    save_rest: bool = False,
+    deltas: DeltaSVD | None = None,
+    dtype: torch.dtype | None = None,
+    tolerance: float = 1e-4,
+    max_passes: int = 12,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    progress: bool = True,
+) -> Extraction:
+    """Write a LoRA adapter of `tuned - base` that `PeftModel.from_pretrained(base_model, out)` loads.
+
+    Merged, it makes `base + u diag(s) v^T` of every weight of a Linear, Conv1D or Embedding module, up to rounding.
+    Weights that did not change get no LoRA. Where base and tuned share the embedding with the output head, an
+    unmerged LoRA of one would miss the other; such weights, biases, norms and stacked experts are left out with a
+    warning that says how much of the squared norm they are, or saved whole with `save_rest=True`.
+
+    Args:
+        base: the model before fine-tuning: an `nn.Module`, or a local folder with safetensors files and `config.json`.
+        tuned: the model after it, in either form, or a LoRA adapter (which is then compressed to a lower rank).
+        out: folder to create; it must not exist, or be empty.
+        rank: of every LoRA, less where a delta's numerical rank is; 16 if no rule is given.
+        energy: instead of `rank`: for each weight the smallest rank that carries this share of `||delta||_F^2`, 0 to 1.
+        tol: instead of `rank`: for each weight the singular values that are at least `tol` times its largest, 0 to 1.
+        max_rank: of any LoRA, where `energy` or `tol` would have more; by default 128.
+        include: patterns of names (as in `delta_svd`); a changed weight outside is neither in the adapter nor listed.
+        exclude: patterns of names to leave out, applied after `include`.
+        save_rest: save what a LoRA cannot carry whole (`modules_to_save`, biases by `bias="all"`).
+        deltas: a `DeltaSVD` of the same two models, whose triplets are used as far as they go.
+        dtype: of the adapter; by default each weight's in the tuned model.
+        tolerance: as in `delta_svd`.
+        max_passes: as in `delta_svd`.
+        seed: as in `delta_svd`.
+        device: as in `delta_svd`.
+        backend: of `delta_sketch`.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `Extraction`: rank and share of the squared norm of every changed weight.
+
+    Raises:
+        CheckpointError: a side cannot be read, shapes differ, or the base does not say what modules it has.
+        InvalidArgumentError: an option is out of range, no weight that a LoRA can carry differs, or `out` is not empty.
+        InvalidTypeError: an argument has the wrong type.
+        NonFiniteError: a delta has NaN or infinity; the message names the tensor.
+        OSError: `out` cannot be written; nothing is left behind.
+
+    Warns:
+        UserWarning: weights that are lost; LoRAs that do not meet the rule; what `delta_svd` warns about.
+
+    Example:
+        >>> from bkdfast.demo import PAIR
+        >>> found = extract_lora(PAIR / "base", PAIR / "tuned", "adapter", energy=0.9)  # doctest: +SKIP
+        >>> found.to_pandas().sort_values("frobenius")  # doctest: +SKIP
+
+    Sources: Hu et al. 2021 (arXiv 2106.09685); Eckart & Young 1936.
+    """
+    if rank is None and energy is None and tol is None:
+        rank = 16
+    rule = Rule(rank, energy, tol, max_rank)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidTypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
+    path = _free(out)
+    settings = Settings(min(rule.limit, _FIRST), tolerance, max_passes, seed, device, backend)
+    sources = open_pair(base, tuned)
+    layout = Layout.of(*sources)
+    plan = _plan(*sources, include=_patterns(include, "include"), exclude=_patterns(exclude, "exclude") or [])
+    rest = plan.skipped
+    matched = match_names(sources[1].names, sources[0].names)
+    found: dict[str, Extracted] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    computed, unchanged, work = [], 0, [*plan.pairs, *rest]
+    for name in tqdm(work, "extract LoRA", unit="tensor", file=sys.stderr, disable=not progress):
+        reason = rest.get(name, "") or layout.obstacle(name)
+        if name in plan.resized:
+            reason = "the vocabulary was resized"
+        if reason:
+            norm = _norm(name, sources, matched[name])
+            shape = sources[1].shape(name)
+            if norm > 0:
+                found[name] = Extracted(name, "lost", shape, 0, norm, 0.0, reason)
+            unchanged += norm == 0
+            continue
+        delta, kept, note = _choose(name, matched[name], sources, settings, rule, deltas)
+        if kept == 0:
+            unchanged += 1
+            continue
+        computed.append(delta)
+        captured = min(1.0, float(delta.s[:kept].square().sum()) / delta.frobenius**2)
+        found[name] = Extracted(name, "lora", delta.shape, kept, delta.frobenius, captured, note)
+        half = delta.s[:kept].sqrt()
+        left, right = delta.u[:, :kept].double() * half, delta.v[:, :kept].double() * half  # [m, k], [n, k]
+        b, a = (right, left.T) if layout.transposed(name) else (left, right.T)
+        stored = dtype or sources[1].dtype(name) or torch.float32
+        factors[name] = a.to(stored).contiguous(), b.to(stored).contiguous()
+    if not factors:
+        what = "differ only in what a LoRA cannot carry: " + ", ".join(list(found)[:3]) if found else "are identical"
+        raise InvalidArgumentError(f"base and tuned {what}; there is nothing to extract, and {path} was not written")
+    warn_unconverged(computed, tolerance)
+    whole = layout.saved(list(found), set(factors), sources[1]) if save_rest else {}
+    for name, one in found.items():
+        if one.how == "lost" and name in whole and name not in plan.resized:
+            found[name] = replace(one, how="saved", energy=1.0)
+    write_adapter(path, layout, factors, whole, sources, dtype)
+    result = Extraction(path, found, unchanged)
+    _warn(result, rule, save_rest)
+    return result
+
+
+def _free(out: str | os.PathLike[str]) -> Path:
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InvalidArgumentError(f"{path} exists and is not empty; choose another folder, or remove it")
+    above = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InvalidArgumentError(f"cannot write to {path}: {above} is not a folder that can be written to")
+    return path
+
+
+def _norm(name: str, sources: tuple[WeightSource, WeightSource], base_name: str) -> float:
+    """`||delta||_F` of a tensor of any dimension, by rows where there are several."""
+    w0, w1 = sources[0].get(base_name), sources[1].get(name)
+    if w0.dim() and w0.shape[1:] == w1.shape[1:]:  # a resized vocabulary has common rows
+        rows = min(len(w0), len(w1))
+        w0, w1 = w0[:rows], w1[:rows]
+    if w0.shape != w1.shape:
+        raise CheckpointError(f"{name} is {tuple(w0.shape)} in the base and {tuple(w1.shape)} in the tuned model")
+    if torch.equal(w0, w1.to(w0.device)):
+        return 0.0
+    if not (w0.is_floating_point() and w1.is_floating_point()):
+        raise CheckpointError(
+            f"{name} is {w1.dtype} and differs, so that its delta means nothing; dequantise both models"
+        )
+    total = 0.0
+    for before, after in zip(w0.reshape(-1).split(1 << 24), w1.reshape(-1).split(1 << 24), strict=True):
+        total += float((after.double() - before.to(after.device).double()).square().sum())
+    if not math.isfinite(total):
+        raise NonFiniteError(f"{name} has NaN or infinity on one side; repair it")
+    return math.sqrt(total)
+
+
+def _choose(
+    name: str,
+    base_name: str,
+    sources: tuple[WeightSource, WeightSource],
+    settings: Settings,
+    rule: Rule,
+    deltas: DeltaSVD | None,
+) -> tuple[TensorDelta, int, str]:
+    """Triplets of one weight, how many of them to keep, and what there is to say: the rank doubles until it is met."""
+    m, n = sources[1].shape(name)
+    limit = min(rule.limit, m, n)
+    if deltas is not None and name in deltas:
+        delta = deltas[name]
+        if delta.shape != (m, n):
+            raise CheckpointError(f"{name} is {delta.shape} in deltas= and {(m, n)} in the models; are they others?")
+        kept, met = rule.count(delta)
+        if delta.unchanged or met or kept >= limit:
+            full = rule.rank is not None or limit == min(m, n) or (met and kept <= limit)
+            return delta, min(kept, limit), "" if full else f"max_rank {limit} reached"
+    wanted = min(settings.rank, limit)
+    if rule.rank is not None:
+        wanted = limit
+    while True:
+        now = replace(settings, rank=wanted)
+        found = None
+        if isinstance(sources[1], AdapterSource):
+            found = sources[1].factor(name, base_name, now)
+        if found is None:
+            found = now.factor(name, sources[0].get(base_name), sources[1].get(name))
+        kept, met = rule.count(found)
+        if met or found.rank < wanted:  # all there is
+            return found, kept, ""
+        if wanted == limit:
+            return found, kept, "" if rule.rank is not None or limit == min(m, n) else f"max_rank {limit} reached"
+        wanted = min(2 * wanted, limit)
+
+
+def _warn(result: Extraction, rule: Rule, save_rest: bool) -> None:
+    if lost := result.lost:
+        reasons = sorted({result.tensors[name].note for name in lost})
+        hint = "" if save_rest else "; save_rest=True saves what PEFT can save whole"
+        warnings.warn(
+            f"{len(lost)} changed tensors, {result.share(lost):.2%} of the squared norm of all deltas, are not in the "
+            f"adapter ({', '.join(reasons)}): {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}{hint}",
+            stacklevel=3,
+        )
+    short = [one for one in result.tensors.values() if "max_rank" in one.note]
+    if short:
+        worst = min(short, key=lambda one: one.energy)
+        warnings.warn(
+            f"{len(short)} weights need more than max_rank={rule.limit}; the worst, {worst.name}, keeps "
+            f"{worst.energy:.1%} of its squared norm",
+            stacklevel=3,
+        )
