@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError
-from bkdfast.svd.delta import Settings, _patterns, _plan, warn_unconverged
+from bkdfast.svd.delta import Settings, warn_unconverged
 from bkdfast.svd.layout import Layout, write_adapter
 from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names
+from bkdfast.svd.plan import make_plan
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 from bkdfast.svd.source import WeightSource
 
@@ -233,12 +234,13 @@ def extract_lora(
     settings = Settings(min(rule.limit, _FIRST), tolerance, max_passes, seed, device, backend)
     sources = open_pair(base, tuned)
     layout = Layout.of(*sources)
-    plan = _plan(*sources, include=_patterns(include, "include"), exclude=_patterns(exclude, "exclude") or [])
-    rest = plan.skipped
+    plan = make_plan(*sources, include, exclude)
+    matrices = [item.tuned for item in plan.items if not item.stacked]
+    rest = plan.skipped | {item.tuned: "3-D" for item in plan.items if item.stacked}
     matched = match_names(sources[1].names, sources[0].names)
     found: dict[str, Extracted] = {}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    computed, unchanged, work = [], 0, [*plan.pairs, *rest]
+    computed, unchanged, work = [], 0, [*matrices, *rest]
     for name in tqdm(work, "extract LoRA", unit="tensor", file=sys.stderr, disable=not progress):
         reason = rest.get(name, "") or layout.obstacle(name)
         if name in plan.resized:
