@@ -10,12 +10,13 @@ from bkdfast.hf.prepare import prepare
 from bkdfast.monitor import Monitor
 from bkdfast.ops.edit_table import EditTable
 from bkdfast.ops.patch_heads import patch_heads
-from bkdfast.svd import DeltaSVD, Directions, delta_directions, delta_svd
+from bkdfast.svd import DeltaNorms, DeltaSVD, Directions, delta_directions, delta_norms, delta_svd
 from bkdfast.sweep import SweepResult, cumulative, metrics, screen, screened_sweep, sweep
 
 __all__ = [
     "Add",
     "BkdfastError",
+    "DeltaNorms",
     "DeltaSVD",
     "Directions",
     "Edit",
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "cumulative",
     "delta_directions",
+    "delta_norms",
     "delta_svd",
     "head_means",
     "head_outputs",

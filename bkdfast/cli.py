@@ -1,4 +1,4 @@
-"""The command line: `bkdfast demo | audit | sweep | baha | make-pair | doctor`."""
+"""The command line: `bkdfast demo | audit | sweep | baha | diff | make-pair | doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bkdfast._version import __version__
-from bkdfast.commands import baha, sweep
+from bkdfast.commands import baha, diff, sweep
 from bkdfast.commands.files import folder, write_text
 from bkdfast.errors import BkdfastError, InvalidArgumentError
 
@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
     baha.add(commands, [common])
     sweep.add(commands, [common])
+    diff.add(commands, [common])
 
     pair = commands.add_parser(
         "make-pair",

@@ -3,6 +3,19 @@
 from bkdfast.svd.delta import delta_svd
 from bkdfast.svd.directions import Directions, delta_directions
 from bkdfast.svd.names import weights_hash
+from bkdfast.svd.norms import DeltaNorms, TensorNorm, delta_norms
+from bkdfast.svd.plan import DeltaPlan
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 
-__all__ = ["DeltaSVD", "Directions", "TensorDelta", "delta_directions", "delta_svd", "weights_hash"]
+__all__ = [
+    "DeltaNorms",
+    "DeltaPlan",
+    "DeltaSVD",
+    "Directions",
+    "TensorDelta",
+    "TensorNorm",
+    "delta_directions",
+    "delta_norms",
+    "delta_svd",
+    "weights_hash",
+]
