@@ -10,12 +10,22 @@ from bkdfast.hf.prepare import prepare
 from bkdfast.monitor import Monitor
 from bkdfast.ops.edit_table import EditTable
 from bkdfast.ops.patch_heads import patch_heads
-from bkdfast.svd import DeltaSVD, Directions, Extraction, delta_directions, delta_svd, extract_lora
+from bkdfast.svd import (
+    DeltaNorms,
+    DeltaSVD,
+    Directions,
+    Extraction,
+    delta_directions,
+    delta_norms,
+    delta_svd,
+    extract_lora,
+)
 from bkdfast.sweep import SweepResult, cumulative, metrics, screen, screened_sweep, sweep
 
 __all__ = [
     "Add",
     "BkdfastError",
+    "DeltaNorms",
     "DeltaSVD",
     "Directions",
     "Edit",
@@ -31,6 +41,7 @@ __all__ = [
     "__version__",
     "cumulative",
     "delta_directions",
+    "delta_norms",
     "delta_svd",
     "extract_lora",
     "head_means",

@@ -1,4 +1,4 @@
-"""The command line: `bkdfast demo | audit | svd | extract-lora | sweep | baha | make-pair | doctor`."""
+"""The command line: `bkdfast demo | audit | svd | diff | extract-lora | sweep | baha | make-pair | doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bkdfast._version import __version__
-from bkdfast.commands import baha, extract_lora, svd, sweep
+from bkdfast.commands import baha, diff, extract_lora, svd, sweep
 from bkdfast.commands.files import folder, write_text
 from bkdfast.errors import BkdfastError, InvalidArgumentError
 
@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     baha.add(commands, [common])
     sweep.add(commands, [common])
     extract_lora.add(commands, [common])
+    diff.add(commands, [common])
 
     pair = commands.add_parser(
         "make-pair",

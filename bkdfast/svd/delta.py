@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, StoreError
 from bkdfast.jobs import units
 from bkdfast.svd.artifact import versions
-from bkdfast.svd.krylov import block_width, dense, leading_triplets, unchanged
+from bkdfast.svd.krylov import Triplets, block_width, dense, leading_triplets, unchanged
 from bkdfast.svd.lora import open_pair
 from bkdfast.svd.names import combine_digests
 from bkdfast.svd.plan import Item, make_plan, memory_limit
@@ -77,19 +77,7 @@ class Settings:
             rank = min(w0.shape)
             notes.append(f"rank clipped to {rank}, the smaller side")
         try:
-            found = (
-                unchanged(w1)
-                if same
-                else leading_triplets(
-                    w0,
-                    w1,
-                    rank=rank,
-                    tolerance=self.tolerance,
-                    max_passes=self.max_passes,
-                    seed=_tensor_seed(self.seed, name),
-                    backend=self.backend,
-                )
-            )
+            found = unchanged(w1) if same else self._triplets(name, w0, w1, rank)
         except NonFiniteError:
             sides = [side for side, w in (("base", w0), ("tuned", w1)) if not bool(torch.isfinite(w).all())]
             where = f"the {' and '.join(sides)} weights" if sides else "the difference, which overflows"
@@ -112,6 +100,17 @@ class Settings:
             converged=found.converged,
             rounding=rounding_edge(w1),
             note="; ".join(notes),
+        )
+
+    def _triplets(self, name: str, w0: Tensor, w1: Tensor, rank: int) -> Triplets:
+        return leading_triplets(
+            w0,
+            w1,
+            rank=rank,
+            tolerance=self.tolerance,
+            max_passes=self.max_passes,
+            seed=_tensor_seed(self.seed, name),
+            backend=self.backend,
         )
 
 

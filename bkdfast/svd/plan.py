@@ -135,7 +135,7 @@ class DeltaPlan:
             f"{show_bytes(self.peak_memory)} ({show_bytes(self.least_memory)} when the next pair is not read ahead)"
         )
         for title, told in (
-            ("skipped", [f"{name}: {why}" for name, why in self.skipped.items()]),
+            ("skipped", [f"{why}: {names}" for why, names in _by_reason(self.skipped)]),
             ("tied", [f"{name}: the same as {other}" for name, other in self.tied.items()]),
             ("resized", [f"{name}: {why}" for name, why in self.resized.items()]),
             ("only in the base", list(self.only_in_base)),
@@ -361,6 +361,17 @@ def _unsuitable(source: WeightSource, name: str, matrices: bool) -> str:
     if dtype not in FLOATS:
         return f"{dtype or 'an unknown dtype'}, not a floating-point matrix; dequantise it first"
     return ""
+
+
+def _by_reason(skipped: dict[str, str]) -> list[tuple[str, str]]:
+    """Each reason with the first names that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        reasons.setdefault(why, []).append(name)
+    return [
+        (why, ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else ""))
+        for why, names in reasons.items()
+    ]
 
 
 def _grouped(items: tuple[Item, ...]) -> list[tuple[str, list[Item]]]:

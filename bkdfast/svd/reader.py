@@ -68,7 +68,8 @@ class TensorFile:
             with open(path, "rb", buffering=0) as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
-                self._state = _state(file.fileno())
+                stat = os.fstat(file.fileno())
+                self._state = stat.st_size, stat.st_mtime_ns
             start = 8 + length
             self.entries = {
                 name: Entry(
@@ -82,7 +83,7 @@ class TensorFile:
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}; save it again") from error
-        self.stamp = hashlib.sha256(repr(self._state).encode()).digest()
+        self.stamp = hashlib.sha256(repr((*self._state, stat.st_ctime_ns)).encode()).digest()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` of a tensor (of its first dimension), or all of it.
@@ -106,7 +107,8 @@ class TensorFile:
     def _fill(self, name: str, view: memoryview, offset: int) -> None:
         try:
             with open(self.path, "rb", buffering=0) as file:
-                state = _state(file.fileno())
+                stat = os.fstat(file.fileno())
+                state = stat.st_size, stat.st_mtime_ns  # a new link or mode, which also counts as a change, is none
                 file.seek(offset)
                 done = 0
                 while done < len(view) and state == self._state:
@@ -122,15 +124,10 @@ class TensorFile:
 
 def _buffer(size: int) -> Tensor:
     """Bytes that go back to the system with the tensor: the heap keeps what it is given in pieces of this size."""
-    if size < _MAPPED:
+    if size < _MAPPED or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _state(handle: int) -> tuple[int, int, int]:
-    stat = os.fstat(handle)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

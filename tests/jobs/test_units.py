@@ -294,6 +294,16 @@ def test_the_bar_counts_what_was_there_as_done(tmp_path, capsys):
     assert "heads: 100%" in shown and "3/3 units" in shown
 
 
+def test_a_bar_in_bytes_names_what_is_in_hand(capsys):
+    names = ["a.weight", "b.weight"]
+    shown = []
+    for _ in run_units(2, compute, costs=[3e6, 1e6], labels=names, description="delta"):
+        shown.append(capsys.readouterr().err)
+    shown[1] += capsys.readouterr().err
+    assert "delta:  75%" in shown[1] and "4.00M/4.00M" in shown[1]
+    assert "a.weight" in shown[0] and "b.weight" not in shown[0] and "b.weight" in shown[1] and "units" not in shown[1]
+
+
 def test_the_bar_never_runs_beyond_its_end(tmp_path, capsys):
     """Costs are added up in another order than they are summed."""
 

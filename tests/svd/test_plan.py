@@ -114,7 +114,7 @@ def test_a_plan_reads_headers_only(stacked, tmp_path, monkeypatch):
     assert plan.least_memory > plan.nbytes and plan.peak_memory == plan.least_memory
     assert plan.labels == (str(base), str(tuned))
     text = str(plan)
-    for part in ("a", "64 x 48", "6.14 kB", "12.3 kB", "18.4 kB to read", "n: 1-D", "only in the base (1):\n  b"):
+    for part in ("a", "64 x 48", "6.14 kB", "12.3 kB", "18.4 kB to read", "1-D: n", "only in the base (1):\n  b"):
         assert part in text, part
     assert "only in the tuned model (1):\n  c" in text
 

@@ -238,7 +238,9 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
         write(path, data)
 
     monkeypatch.setattr(store_module, "_write", full)
-    with pytest.raises(StoreError, match=r"cannot write unit 5 to .*: No space left on device; finished units"):
+    with pytest.raises(
+        StoreError, match=r"cannot write unit 5 to .*: No space left on device; finished units are kept"
+    ):
         run(folder, out=folder / "out")
     monkeypatch.undo()
     assert len(list((folder / "out").glob("unit-*"))) == 5 and not list((folder / "out").glob(".*.tmp"))
