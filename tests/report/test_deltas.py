@@ -230,8 +230,8 @@ def test_a_vision_tower_is_told_from_the_language_model():
     tower = make_result(layers=3, projections=WRITERS, template="vision_tower.encoder.layers.{}.{}.weight")
     groups = delta_plots.by_projection({**text, **tower})
     assert {label: len(layers) for label, layers in groups.items()} == {
-        **{f"language_model.model.layers: {p}": 2 for p in WRITERS},
-        **{f"vision_tower.encoder.layers: {p}": 3 for p in WRITERS},
+        **{f"language_model: {p}": 2 for p in WRITERS},
+        **{f"vision_tower: {p}": 3 for p in WRITERS},
     }
     assert len(overlaps({**text, **tower})) == 2 * 1 + 2 * 2 + 2 + 3
 
