@@ -37,7 +37,7 @@ def test_what_is_written_is_what_the_library_computes(tmp_path, capsys):
     expected = bf.delta_svd(BASE, TUNED, rank=6, seed=3, tolerance=1e-3, progress=False)
     assert FILES <= {path.name for path in out.iterdir()}
     found = bf.DeltaSVD.load(out / "delta_svd.safetensors")
-    assert set(found) == set(expected) and len(found) == 43
+    assert set(found) == set(expected) and len(found) == 43 and found.metadata == expected.metadata
     for name, delta in expected.items():
         assert torch.equal(found[name].u, delta.u) and torch.equal(found[name].s, delta.s)
     rows = table(out / "tensors.csv")

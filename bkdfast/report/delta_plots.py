@@ -10,7 +10,7 @@ import torch
 
 from bkdfast.report.plots import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, _figure, _step, _styled, shortened
 from bkdfast.svd.noise import noise_edge
-from bkdfast.svd.places import places
+from bkdfast.svd.places import labels, places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,14 +27,13 @@ _MARKERS = "osD^vPX*"
 def by_projection(deltas: Mapping[str, TensorDelta]) -> dict[str, dict[int, list[TensorDelta]]]:
     """Deltas of the blocks: projection -> layer -> one delta, or one for each expert; in the order of the data's flow.
 
-    Where the model has several lists of blocks (a vision tower), their paths precede the projections.
+    Projections are named as by `bkdfast.svd.places.labels`.
     """
     found = [p for p in places(deltas) if p.layer is not None]
-    several = len({p.stack for p in found}) > 1
+    label = labels(found)
     groups: dict[str, dict[int, list[TensorDelta]]] = {}
     for p in sorted(found, key=lambda p: p.order):  # stable: layers stay sorted
-        label = f"{p.stack}: {p.projection}" if several else p.projection
-        groups.setdefault(label, {}).setdefault(p.layer or 0, []).append(deltas[p.name])
+        groups.setdefault(label[p.stack, p.projection], {}).setdefault(p.layer or 0, []).append(deltas[p.name])
     return groups
 
 
@@ -101,7 +100,7 @@ def spectra(deltas: Mapping[str, TensorDelta]) -> Figure | None:
         more = f" (the {len(named)} largest)" if len(rest) > len(named) else ""
         _words(axes, "outside the blocks" + more, named)
         lines = [Line2D([], [], color=colour) for _, colour in zip(named, _COLOURS, strict=False)]
-        names = [shortened(delta.name.removesuffix(".weight"), 26) for delta in named]
+        names = [_tail(delta.name.removesuffix(".weight"), 26) for delta in named]
         axes.legend(
             lines, names, loc="upper right", bbox_to_anchor=(1.0, 0.92), fontsize=7.5, handlelength=1.2,
             borderaxespad=0.2, labelspacing=0.25,
@@ -143,7 +142,7 @@ def _edges(axes: Any, deltas: Sequence[TensorDelta]) -> None:
 
 def _words(axes: Any, label: str, deltas: Sequence[TensorDelta]) -> None:
     """Name of a panel, and the energy captured where the falling lines leave room."""
-    axes.set_title(shortened(label, 34), fontsize=10)
+    axes.set_title(_tail(label, 36), fontsize=min(10.0, 280 / min(len(label), 36)))
     shares = sorted(100 * delta.energy for delta in deltas if delta.rank)
     ends = dict.fromkeys(f"{share:.0f}" for share in (shares[0], shares[-1]))
     axes.text(
@@ -169,8 +168,9 @@ def _value_axis(axes: Any, deltas: Sequence[TensorDelta]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     most = max(delta.rank for delta in deltas)
-    axes.set_xlim(1 - 0.04 * most, most + 0.04 * most)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    margin = max(0.04 * most, 0.15)
+    axes.set_xlim(1 - margin, most + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     for panel in axes.figure.axes:
         panel.grid(axis="y")
         panel.tick_params(length=0, which="both")
@@ -260,7 +260,7 @@ def _map(
     norm = (LogNorm if log else Normalize)(low, high)
     image = axes.imshow(shown.numpy(), aspect="auto", cmap=cmap, norm=norm, interpolation="nearest")
     axes.set_title(title + (" (log scale)" if log else ""))
-    axes.set_yticks(range(len(rows)), [shortened(row, 30) for row in rows], fontsize=min(9.5, 65 * height / len(rows)))
+    axes.set_yticks(range(len(rows)), [_tail(row, 32) for row in rows], fontsize=min(9.5, 65 * height / len(rows)))
     step = _step(len(numbers), 24)
     axes.set_xticks(range(0, len(numbers), step), [str(numbers[i]) for i in range(0, len(numbers), step)])
     axes.tick_params(length=0, which="both")
@@ -281,6 +281,12 @@ def _map(
     bar.set_label(unit)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, which="both")
+
+
+def _tail(text: str, most: int) -> str:
+    """The end of a name, which tells more than its beginning."""
+    text = shortened(text, len(text) or 1)
+    return text if len(text) <= most else "\N{HORIZONTAL ELLIPSIS}" + text[1 - most :]
 
 
 def _short(value: float) -> str:
@@ -318,12 +324,13 @@ def overlap_curves(found: Sequence[Overlap]) -> Figure | None:
         lines: dict[str, list[Overlap]] = {}
         for o in found:
             if o.comparison == kind:
-                lines.setdefault(o.first if kind == "next layer" else f"{o.first}, {o.second}", []).append(o)
+                second = o.second.removeprefix(o.first.partition(": ")[0] + ": ")
+                lines.setdefault(o.first if kind == "next layer" else f"{o.first}, {second}", []).append(o)
         mean = {name: sum(o.overlap for o in line) / len(line) for name, line in lines.items()}
         kept = sorted(lines, key=lambda name: -mean[name])[:LINES]
         for number, name in enumerate(name for name in lines if name in kept):
             line = sorted(lines[name], key=lambda o: o.layer)
-            _line(axes, line, number, shortened(name, 46), kind == "same layer")
+            _line(axes, line, number, _tail(name, 48), kind == "same layer")
         random = [o.random for line in lines.values() for o in line]
         low, high = min(random), max(random)
         axes.axhspan(low, high, color=INK, alpha=0.12, linewidth=0, zorder=1)
@@ -337,7 +344,8 @@ def overlap_curves(found: Sequence[Overlap]) -> Figure | None:
         numbers = [o.layer for line in lines.values() for o in line]
         if min(numbers) == max(numbers):
             axes.set_xticks(numbers[:1])
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, ncols=2 if len(kept) > 3 else 1)
+        columns = 2 if len(kept) > 3 and max(map(len, kept)) <= 22 else 1
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, ncols=columns)
         axes.grid(axis="y")
         axes.tick_params(length=0)
     top = max(max(o.overlap, o.random) for o in found)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bkdfast.errors import InvalidArgumentError
-from bkdfast.svd.places import Place, input_first, places
+from bkdfast.svd.places import Place, input_first, labels, places
 from bkdfast.svd.result import TensorDelta
 
 _SEEN = 1 << 10  # directions of a layer's experts; those of the smallest singular values beyond are left out
@@ -72,7 +72,7 @@ class Overlap:
     Attributes:
         comparison: `"next layer"`: one projection in layers l and l + 1; `"same layer"`: the attention output
             projection and the MLP down projection of a layer.
-        first: the projection, e.g. `"self_attn.o_proj"`.
+        first: the projection, e.g. `"self_attn.o_proj"`; named as by `bkdfast.svd.places.labels`.
         second: the other one; of `"next layer"` the same.
         layer: of the first.
         other_layer: of the second.
@@ -160,8 +160,7 @@ def overlaps(deltas: Mapping[str, TensorDelta], model_type: str | None = None) -
         key: {layer: stream_basis(found, model_type) for layer, found in layers.items()}
         for key, layers in groups.items()
     }
-    several = len({stack for stack, _ in groups}) > 1
-    label = {key: f"{key[0]}: {key[1]}" if several else key[1] for key in groups}
+    label = labels(places(deltas))
     part = {key: next(iter(layers.values()))[0][0].part for key, layers in groups.items()}
     found = [
         _compare("next layer", (label[key], layer, layers[layer]), (label[key], layer + 1, layers[layer + 1]))

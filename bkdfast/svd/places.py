@@ -113,6 +113,25 @@ def places(names: Iterable[str]) -> list[Place]:
     )
 
 
+def labels(found: Iterable[Place]) -> dict[tuple[str, str], str]:
+    """What to call each projection of the blocks, by (stack, projection).
+
+    Its path; where the model has several lists of blocks, such as a vision tower's, after the part of theirs that tells
+    them apart: `"vision_tower: self_attn.o_proj"`.
+    """
+    keys = dict.fromkeys((p.stack, p.projection) for p in found if p.layer is not None)
+    stacks = {stack: stack.split(".") for stack, _ in keys}
+    if len(stacks) < 2:
+        return {key: key[1] for key in keys}
+    shared = 0
+    while len({tuple(parts[: shared + 1]) for parts in stacks.values()}) == 1:
+        shared += 1
+    short = {stack: (parts[shared:-1] or parts[-1:])[0] for stack, parts in stacks.items()}
+    if len(set(short.values())) < len(short):
+        short = {stack: stack for stack in short}
+    return {(stack, projection): f"{short[stack]}: {projection}" for stack, projection in keys}
+
+
 def input_first(where: Place, model_type: str | None) -> bool:
     """Whether a model of that type stores the weight as `[in, out]` (GPT-2's Conv1D, some stacked experts).
 

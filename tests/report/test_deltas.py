@@ -77,11 +77,20 @@ def test_the_page_needs_nothing_else(tmp_path):
 def test_names_are_trusted_nowhere(tmp_path):
     name = "model.layers.0.<script>alert(1)</script>.$x^2$.weight"
     delta = tensor_delta(name, 20, 30, 2, 0, note="<b>odd</b>")
-    page, tensors, _ = write(DeltaSVD({name: delta}, only_in_base=("<i>",), skipped={"<u>": "<s>"}), tmp_path)
+    page, tensors, _ = write(
+        DeltaSVD(
+            {name: delta},
+            only_in_base=("<i>",),
+            skipped={"<u>": "<s>"},
+            metadata={"tuned": "<u>&", "versions": {"<i>": "<s>"}},
+        ),
+        tmp_path,
+    )
     assert (
         not {"script", "b", "i", "u", "s"} & set(page.tags) - {"b"} and page.tags.count("b") == 6 and name in page.text
     )
     assert tensors[0]["name"] == name and tensors[0]["note"] == "<b>odd</b>" and "<i>" in page.text
+    assert "Weight deltas: <u>& against base" in page.text
     assert "\x1b" not in delta_summary(DeltaSVD({"a\x1b[2J": replace(delta, name="a\x1b[2J")})).splitlines()[3]
 
 
@@ -221,8 +230,8 @@ def test_a_vision_tower_is_told_from_the_language_model():
     tower = make_result(layers=3, projections=WRITERS, template="vision_tower.encoder.layers.{}.{}.weight")
     groups = delta_plots.by_projection({**text, **tower})
     assert {label: len(layers) for label, layers in groups.items()} == {
-        **{f"language_model.model.layers: {p}": 2 for p in WRITERS},
-        **{f"vision_tower.encoder.layers: {p}": 3 for p in WRITERS},
+        **{f"language_model: {p}": 2 for p in WRITERS},
+        **{f"vision_tower: {p}": 3 for p in WRITERS},
     }
     assert len(overlaps({**text, **tower})) == 2 * 1 + 2 * 2 + 2 + 3
 

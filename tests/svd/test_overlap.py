@@ -8,7 +8,7 @@ import torch
 
 from bkdfast.errors import InvalidArgumentError
 from bkdfast.svd.overlap import overlaps, random_overlap, stream_basis, subspace_overlap
-from bkdfast.svd.places import input_first, place, places
+from bkdfast.svd.places import input_first, labels, place, places
 from tests.report.delta_results import basis, tensor_delta
 
 NAMES = [
@@ -71,6 +71,26 @@ def test_names_are_put_in_the_order_of_the_model():
         *(f"model.layers.{i}.{p}.weight" for i in (2, 9, 10) for p in ("self_attn.o_proj", "mlp.down_proj")),
         "lm_head.weight",
     ]
+
+
+@pytest.mark.parametrize(
+    ("stacks", "names"),
+    [
+        (("model.layers",), ("",)),
+        (("encoder.block", "decoder.block"), ("encoder: ", "decoder: ")),
+        (
+            ("model.language_model.layers", "model.vision_tower.x.encoder.layers"),
+            ("language_model: ", "vision_tower: "),
+        ),
+        (("model.layers", "model.mtp.layers"), ("layers: ", "mtp: ")),
+        (("model.layers", "model.h"), ("layers: ", "h: ")),
+        (("a.x.layers", "a.x.y.layers", "b.layers"), ("a.x.layers: ", "a.x.y.layers: ", "b.layers: ")),
+        (("layers", "text.layers"), ("layers: ", "text: ")),
+    ],
+)
+def test_several_lists_of_blocks_are_told_apart(stacks, names):
+    found = [place(f"{stack}.{i}.fc2.weight") for stack in stacks for i in range(2)]
+    assert labels([*found, place("lm_head")]) == {(s, "fc2"): f"{n}fc2" for s, n in zip(stacks, names, strict=True)}
 
 
 def test_which_models_store_the_input_side_first():
