@@ -347,6 +347,16 @@ def test_refused_models():
             run(base, wrapped)
 
 
+def test_refused_layers_without_a_config():
+    for config, message in (({"use_dora": True}, "variant"), ({"lora_bias": True}, "bias of its own")):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"], **config), model)
+        for module in model.modules():
+            vars(module).pop("peft_config", None)
+        with pytest.raises(CheckpointError, match=message):
+            run(torch.nn.Sequential(torch.nn.Linear(4, 4)), model)
+
+
 def test_merged_and_disabled_adapters_are_refused():
     base = llama()
     wrapped = adapted(base, target_modules=["o_proj"])
