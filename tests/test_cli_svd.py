@@ -118,13 +118,20 @@ def test_a_config_is_not_needed(tmp_path):
 
 
 def test_the_disk_is_full(tmp_path, capsys, monkeypatch):
+    """For the result: finished tensors are kept, and the next run goes on. For the report: what was found is told."""
+    from bkdfast import report
     from bkdfast.svd import result
 
-    def full(*args):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(result, "write_artifact", full)
-    assert svd(tmp_path, "--rank", 2, "--include", "*.o_proj.weight") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "write_artifact", full)
+        assert svd(tmp_path, "--rank", 2, "--include", "*.o_proj.weight") == 2
+    assert "No space left" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_delta_report", full)
+        assert svd(tmp_path, "--rank", 2, "--include", "*.o_proj.weight") == 2
     said = capsys.readouterr()
     assert "No space left" in said.err and "Fine-tuning changed 6 of 6 tensors" in said.out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from bkdfast.checkpoint import usable_device
     from bkdfast.report import delta_summary, plots, write_delta_report
-    from bkdfast.svd import delta_svd
+    from bkdfast.svd.delta import ARTIFACT, delta_svd
 
     settings = {
         "rank": options.rank,
@@ -97,26 +97,27 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "device": usable_device(options.device),
         "progress": not options.quiet,
-        **_known(max_memory=options.max_memory),
+        "max_memory": options.max_memory,
     }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not options.dry_run else "default")  # said again by the run itself
+        plan = delta_svd(options.base, options.tuned, **settings, plan=True)
     if options.dry_run:
-        if not (plan := _known(plan=True)):
-            raise InvalidArgumentError("--dry-run: this version of delta_svd has no plan")
-        print(delta_svd(options.base, options.tuned, **settings, **plan))
+        print(plan)
         return 0
+    if not plan.items:
+        skipped = "".join(f"; {name} is {why}" for name, why in list(plan.skipped.items())[:1])
+        raise InvalidArgumentError(
+            f"nothing to compare: --include and --exclude leave no matrix of floating-point numbers{skipped}"
+        )
     plots.require()
     with folder(options.out):
-        stored = _known(out=options.out / "store", resume=options.resume)
+        stored = {"out": options.out / "store", "resume": options.resume}
         found = delta_svd(options.base, options.tuned, **settings, **stored)
-        if not found:
-            skipped = "".join(f"; {name} is {why}" for name, why in list(found.skipped.items())[:1])
-            raise InvalidArgumentError(
-                f"nothing to compare: --include and --exclude leave no matrix of floating-point numbers{skipped}"
-            )
         if not common.leading():
             return 0
         try:
-            found.save(options.out / "delta_svd.safetensors")
+            (options.out / "store" / ARTIFACT).replace(options.out / ARTIFACT)
             page = write_delta_report(found, options.out, model_type=_model_type(options.tuned, options.base))
         except OSError as error:
             print(delta_summary(found))
@@ -124,13 +125,6 @@ def run(options: argparse.Namespace) -> int:
         print(delta_summary(found))
         print(f"\nOpen {page} in a browser for the pictures.")
     return 0
-
-
-def _known(**options: Any) -> dict[str, Any]:
-    from bkdfast.svd import delta_svd
-
-    names = inspect.signature(delta_svd).parameters
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _model_type(*models: str) -> str | None:
