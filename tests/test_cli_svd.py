@@ -118,12 +118,12 @@ def test_a_config_is_not_needed(tmp_path):
 
 
 def test_the_disk_is_full(tmp_path, capsys, monkeypatch):
-    from bkdfast.svd import result
+    from bkdfast.report import deltas
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(result, "write_artifact", full)
+    monkeypatch.setattr(deltas, "_write_csv", full)
     assert svd(tmp_path, "--rank", 2, "--include", "*.o_proj.weight") == 2
     said = capsys.readouterr()
     assert "No space left" in said.err and "Fine-tuning changed 6 of 6 tensors" in said.out

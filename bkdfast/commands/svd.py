@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import warnings
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -99,20 +101,22 @@ def run(options: argparse.Namespace) -> int:
         "progress": not options.quiet,
         **_known(max_memory=options.max_memory),
     }
-    if options.dry_run:
-        if not (plan := _known(plan=True)):
-            raise InvalidArgumentError("--dry-run: this version of delta_svd has no plan")
-        print(delta_svd(options.base, options.tuned, **settings, **plan))
-        return 0
+    if options.dry_run and not _known(plan=True):
+        raise InvalidArgumentError("--dry-run: this version of delta_svd has no plan")
+    if _known(plan=True):
+        with warnings.catch_warnings():
+            if not options.dry_run:  # the run itself warns of the same
+                warnings.simplefilter("ignore")
+            plan: Any = delta_svd(options.base, options.tuned, **settings, **_known(plan=True))
+        if options.dry_run:
+            print(plan)
+            return 0
+        _refuse_nothing(plan.items, plan.skipped)
     plots.require()
     with folder(options.out):
         stored = _known(out=options.out / "store", resume=options.resume)
         found = delta_svd(options.base, options.tuned, **settings, **stored)
-        if not found:
-            skipped = "".join(f"; {name} is {why}" for name, why in list(found.skipped.items())[:1])
-            raise InvalidArgumentError(
-                f"nothing to compare: --include and --exclude leave no matrix of floating-point numbers{skipped}"
-            )
+        _refuse_nothing(found, found.skipped)
         if not common.leading():
             return 0
         try:
@@ -124,6 +128,15 @@ def run(options: argparse.Namespace) -> int:
         print(delta_summary(found))
         print(f"\nOpen {page} in a browser for the pictures.")
     return 0
+
+
+def _refuse_nothing(compared: Sized, skipped: Mapping[str, str]) -> None:
+    """Raise where no tensor is to be compared."""
+    if not len(compared):
+        example = "".join(f"; {name} is {why}" for name, why in list(skipped.items())[:1])
+        raise InvalidArgumentError(
+            f"nothing to compare: --include and --exclude leave no matrix of floating-point numbers{example}"
+        )
 
 
 def _known(**options: Any) -> dict[str, Any]:
