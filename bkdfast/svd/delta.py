@@ -110,6 +110,7 @@ class Settings:
             tolerance=self.tolerance,
             max_passes=self.max_passes,
             seed=_tensor_seed(self.seed, name),
+            noise=rounding_edge(w1),
             backend=self.backend,
         )
 
@@ -154,7 +155,9 @@ def delta_svd(
         include: shell pattern or patterns (`fnmatch`, case-sensitive, `*` also crosses dots) of names to compare, e.g.
             `"*.mlp.down_proj.weight"`; all if None.
         exclude: patterns of names to leave out, applied after `include`.
-        tolerance: stop when `||delta^T u - s v|| <= tolerance * s` for every triplet, or at the rounding floor.
+        tolerance: stop when `||delta^T u - s v|| <= tolerance * s` for every triplet, or at the rounding floor, and the
+            angles of those with a gap behind them are certified to `tolerance`. Triplets below the rounding of the
+            tuned weights' format are returned as they are found.
         max_passes: reads of both matrices at most; what has not converged then is returned with `converged=False`.
         seed: of the random start block; each tensor's is derived from it and the tensor's name.
         device: where to compute; by default where the tuned tensor is.

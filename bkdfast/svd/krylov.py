@@ -55,7 +55,7 @@ class Triplets:
         frobenius: `||D||_F`.
         changed: number of entries that differ.
         passes: how often both matrices were read.
-        converged: every residual is below `tolerance * s` or at the rounding floor.
+        converged: every residual is below `tolerance * s` or at the rounding floor, but for triplets below `noise`.
         angles: bounds on the vectors' angles, `bkdfast.svd.certificate`.
     """
 
@@ -78,6 +78,7 @@ def leading_triplets(
     tolerance: float = 1e-4,
     max_passes: int = 12,
     seed: int = 0,
+    noise: float = 0.0,
     backend: str | None = None,
 ) -> Triplets:
     """The `rank` leading singular triplets of `w1 - w0`, fewer where the delta's numerical rank is lower.
@@ -90,6 +91,7 @@ def leading_triplets(
             `2 eps ||D||_F` is not asked for.
         max_passes: reads of both matrices at most.
         seed: of the random start block.
+        noise: triplets of smaller singular values are returned as they are found; no pass is spent on them.
         backend: of `delta_sketch`.
 
     Returns:
@@ -103,7 +105,7 @@ def leading_triplets(
     with full_precision(), threads(1), torch.no_grad():
         if dense(w0.shape[0], w0.shape[1], rank):
             return _dense(w0, w1, rank, backend)
-        return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed)
+        return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed, noise)
 
 
 def unchanged(w: Tensor) -> Triplets:
@@ -214,7 +216,9 @@ class _Basis:
         return torch.linalg.qr(block - self.q @ (self.q.T @ block))[0]
 
 
-def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int) -> Triplets:
+def _iterate(
+    operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int, noise: float
+) -> Triplets:
     m, n = operator.w0.shape
     x, start = _start_block(n, width, seed, operator)
     y, z, frobenius, changed = operator.first(x)
@@ -228,14 +232,15 @@ def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_p
         k = min(rank, int((ritz > floor).sum()))
         s, whole, w = ritz[:k], w, w[:, :k]
         residual, uncertainty = basis.residual(s, w)
-        failing = residual > tolerance * s + floor
+        failing = (residual > tolerance * s + floor) & (s > noise)
         stuck = bool(failing.any())
         only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
         last = operator.passes >= max_passes or only_rounding
         if basis.start is not None and (last or not stuck):
             limits = basis.limits(ritz, whole)
         bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
-        promising = basis.start is not None and _promising(bounds, ritz.cpu(), len(limits), tolerance, floor)
+        wanted = int((s > noise).sum())
+        promising = basis.start is not None and _promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
         if operator.passes >= max_passes or (operator.passes > 1 and not stuck and not promising):
             break
         x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
@@ -258,9 +263,9 @@ def _iterate(operator: _Operator, rank: int, width: int, tolerance: float, max_p
     )
 
 
-def _promising(bounds: Angles, s: Tensor, reach: int, tolerance: float, floor: float) -> bool:
+def _promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: float, floor: float) -> bool:
     """Another pass may bring some angle's bound below the tolerance: the gap that it needs is there."""
-    for i in range(len(bounds.vector)):
+    for i in range(wanted):
         if min(float(bounds.vector[i]), float(bounds.subspace[i])) <= tolerance:
             continue
         squares = s.square()

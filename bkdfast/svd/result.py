@@ -45,7 +45,7 @@ class TensorDelta:
             probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
         passes: how often both matrices were read by the iteration; 0 where they are the same byte for byte, and for a
             LoRA, whose factors are decomposed.
-        converged: every residual is below `tolerance * s`, or as small as rounding allows.
+        converged: every residual is below `tolerance * s`, or as small as rounding allows, but for `noise`.
         rounding: about the largest singular value that rounding to the tuned weights' format gives a delta by itself.
         note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".
     """

@@ -26,6 +26,8 @@ def test_values_below_it_are_flagged_and_those_above_are_not():
     found = Settings(rank=12).factor("w", base, (base.double() + written).bfloat16())
     assert found.noise.tolist() == [False] * 3 + [True] * 9
     assert 0.3 * found.rounding < found.s[3] < found.rounding
+    # No pass is spent on what is noise; the others are certified.
+    assert found.converged and found.passes <= 4 and found.subspace[:3].max() < 1e-4
 
 
 def test_exact_formats_and_nothing():
