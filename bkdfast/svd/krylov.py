@@ -184,7 +184,9 @@ class _Basis:
         if self.start is None:
             return s.new_full((1,), math.inf)
         share = (w[: len(self.start)].T @ self.start).square().sum(1)[: len(s)]
-        slack = _SIGNAL * self.noise * float(s[0])
+        # What rounding and the directions left out as rounding take from D^T D Q = Q T; a symmetric change of D^T D of
+        # twice that size makes the relation exact.
+        slack = 2 * (_SIGNAL + 1) * self.noise * float(torch.linalg.vector_norm(self.size))
         return upper_limits(s.square().cpu(), share.cpu(), self.start.shape[1], self.blocks - 1, slack)
 
     @property
