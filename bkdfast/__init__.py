@@ -17,6 +17,7 @@ from bkdfast.svd import (
     Extraction,
     delta_directions,
     delta_norms,
+    delta_plan,
     delta_svd,
     extract_lora,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "cumulative",
     "delta_directions",
     "delta_norms",
+    "delta_plan",
     "delta_svd",
     "extract_lora",
     "head_means",

@@ -5,6 +5,10 @@ class a Python reader expects (`ValueError`, `TypeError`, `RuntimeError`). A mes
 found, and what to do.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class BkdfastError(Exception):
     """Base class of all errors raised by `bkdfast`."""
@@ -48,3 +52,17 @@ class StoreError(BkdfastError, RuntimeError):
 
 class MissingDependencyError(BkdfastError, ImportError):
     """An optional dependency is not installed; the message says how to install it."""
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """A module of the extra `bkdfast[extra]`, which `what` needs.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+    """
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'{what} needs {module}, which cannot be imported ({error}); pip install "bkdfast[{extra}]"'
+        ) from error

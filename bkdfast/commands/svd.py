@@ -87,12 +87,14 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from bkdfast.checkpoint import usable_device
     from bkdfast.report import delta_summary, plots, write_delta_report
-    from bkdfast.svd.delta import ARTIFACT, delta_svd
+    from bkdfast.svd.delta import ARTIFACT, delta_plan, delta_svd
 
+    chosen = {"rank": options.rank, "include": options.include, "exclude": options.exclude}
+    if options.dry_run:
+        print(delta_plan(options.base, options.tuned, **chosen))
+        return 0
     settings = {
-        "rank": options.rank,
-        "include": options.include,
-        "exclude": options.exclude,
+        **chosen,
         "tolerance": options.tolerance,
         "seed": options.seed,
         "device": usable_device(options.device),
@@ -100,11 +102,8 @@ def run(options: argparse.Namespace) -> int:
         "max_memory": options.max_memory,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if not options.dry_run else "default")  # said again by the run itself
-        plan = delta_svd(options.base, options.tuned, **settings, plan=True)
-    if options.dry_run:
-        print(plan)
-        return 0
+        warnings.simplefilter("ignore")  # said again by the run itself
+        plan = delta_plan(options.base, options.tuned, **chosen)
     if not plan.items:
         skipped = "".join(f"; {name} is {why}" for name, why in list(plan.skipped.items())[:1])
         raise InvalidArgumentError(

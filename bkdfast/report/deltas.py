@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bkdfast.report import plots
 from bkdfast.report.delta_plots import by_projection, energy_of, layer_maps, norm_of, outside, overlap_curves, spectra
-from bkdfast.report.html import _section, _table, document
+from bkdfast.report.html import document, section, table
 from bkdfast.report.text import percent
 from bkdfast.svd.noise import noise_edge
 from bkdfast.svd.overlap import Overlap, overlaps
@@ -121,8 +121,8 @@ def write_delta_report(result: DeltaSVD, out: str | os.PathLike[str], *, model_t
 
 _TENSOR_COLUMNS = (
     "name", "layer", "projection", "expert", "rows", "columns", "frobenius", "energy", "changed", "changed_share",
-    "rank", "largest_s", "smallest_s", "noise_edge", "above_noise", "largest_angle", "uncertified", "passes",
-    "converged", "note",
+    "rank", "largest_s", "smallest_s", "rounding", "noise_edge", "above_noise", "largest_angle", "uncertified",
+    "passes", "converged", "note",
 )  # fmt: skip
 
 
@@ -135,7 +135,8 @@ def tensor_rows(result: DeltaSVD) -> list[dict[str, Any]]:
     """A row of `tensors.csv` for each delta, by falling Frobenius norm; None where there is no such number.
 
     `largest_angle` is the largest angle bound (a sine) of the triplets that have one, `uncertified` the number of
-    triplets that have none, `above_noise` the number of singular values above `noise_edge`.
+    triplets that have none, `above_noise` the number of singular values above `noise_edge`; `rounding` is the edge
+    that storing the tuned weights gives by itself.
     """
     rows = []
     for delta in ranked(result):
@@ -156,6 +157,7 @@ def tensor_rows(result: DeltaSVD) -> list[dict[str, Any]]:
                 "rank": delta.rank,
                 "largest_s": float(delta.s[0]) if delta.rank else None,
                 "smallest_s": float(delta.s[-1]) if delta.rank else None,
+                "rounding": delta.rounding,
                 "noise_edge": edge,
                 "above_noise": int((delta.s > edge).sum()),
                 "largest_angle": float(certified.max()) if len(certified) else None,
@@ -284,7 +286,7 @@ def _compared(result: DeltaSVD, found: Sequence[Overlap], model_type: str | None
         ("Side of the residual stream", _sides(found)),
         ("Versions", made or "–"),
     ]
-    return "<h2>What was compared</h2>" + _table((), rows)
+    return "<h2>What was compared</h2>" + table((), rows)
 
 
 def _stored(result: DeltaSVD, model_type: str | None) -> str:
@@ -329,10 +331,10 @@ def _tensors(rows: Sequence[dict[str, Any]]) -> str:
         "share of entries that differ; s1: largest singular value; above noise: triplets over the noise edge; angle "
         "bound: the largest sine of those that have one. tensors.csv has the same in full.</p>"
     )
-    first = _table(head, body[:SHOWN], numeric=numeric, caption=f"{_of(min(SHOWN, len(body)), len(body))} tensors")
+    first = table(head, body[:SHOWN], numeric=numeric, caption=f"{_of(min(SHOWN, len(body)), len(body))} tensors")
     rest = ""
     if len(body) > SHOWN:
-        folded = _table(head, body[SHOWN:], numeric=numeric)
+        folded = table(head, body[SHOWN:], numeric=numeric)
         rest = f"<details><summary>The other {len(body) - SHOWN} tensors</summary>{folded}</details>"
     return "<h2>Which tensors changed most</h2>" + words + first + rest
 
@@ -344,7 +346,7 @@ def _of(shown: int, total: int) -> str:
 def _spectra(figure: Figure | None) -> str:
     if figure is None:
         return "<h2>Spectra</h2><p>Nothing changed, so there is no spectrum.</p>"
-    return "<h2>Spectra</h2>" + _section(
+    return "<h2>Spectra</h2>" + section(
         "How steeply the singular values fall says how many directions a change has.",
         figure,
         "Singular values of the deltas, projection by projection",
@@ -358,7 +360,7 @@ def _spectra(figure: Figure | None) -> str:
 def _layers(figure: Figure | None) -> str:
     if figure is None:
         return "<h2>Layer by layer</h2><p>There are not two weights whose names say which layer they are of.</p>"
-    return "<h2>Layer by layer</h2>" + _section(
+    return "<h2>Layer by layer</h2>" + section(
         "Where in the model fine-tuning changed most.",
         figure,
         "Norm of the delta and share of energy captured, by layer and projection",
@@ -379,7 +381,7 @@ def _overlap(figure: Figure | None, found: Sequence[Overlap]) -> str:
         else f"{top.first} and {top.second} of layer {top.layer}"
     )
     over = sum(o.overlap > o.random for o in real)
-    return title + _section(
+    return title + section(
         f"{over} of {len(real)} pairs have more in common than random directions would on average; most in proportion "
         f"{where}: {top.overlap:.2g}, where random directions would have {top.random:.2g}.",
         figure,
@@ -397,7 +399,7 @@ def _outside(result: DeltaSVD, rows: Sequence[dict[str, Any]]) -> str:
     body = [(row["name"], f"{row['rows']} x {row['columns']}", *_cells(row)) for row in rows if row["name"] in names]
     head = ("tensor", "shape", "norm", "energy", "changed", "rank", "angle bound")
     words = "<p>Embeddings, heads and others whose names do not say a layer; they are not in the maps above.</p>"
-    return "<h2>Outside the blocks</h2>" + words + _table(head, body, numeric=range(1, 7))
+    return "<h2>Outside the blocks</h2>" + words + table(head, body, numeric=range(1, 7))
 
 
 def _left_out(result: DeltaSVD) -> str:

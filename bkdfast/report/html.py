@@ -183,11 +183,11 @@ def _model(audit: Audit) -> str:
             f"monitor, {samples.get('held_out', '–')} others for ablation and monitor",
         ),
     ]
-    return "<h2>Model and data</h2>" + _table((), rows)
+    return "<h2>Model and data</h2>" + table((), rows)
 
 
 def _directions(audit: Audit) -> str:
-    return "<h2>What fine-tuning wrote into the weights</h2>" + _section(
+    return "<h2>What fine-tuning wrote into the weights</h2>" + section(
         text.directions_sentence(audit),
         plots.singular_values(audit.directions),
         "Singular values of the weight change, block by block",
@@ -219,7 +219,7 @@ def _attribution(audit: Audit) -> str:
     ]
     return (
         "<h2>Which heads carry it</h2>"
-        + _section(
+        + section(
             text.attribution_sentence(audit),
             plots.head_heatmap(
                 result.mean, f"change of {result.metric}", f"Effect of patching each head, mean of {n} prompts", mark
@@ -228,7 +228,7 @@ def _attribution(audit: Audit) -> str:
             f"Each cell is a head; red: putting its mean output over triggered prompts into clean prompts makes the "
             f"backdoor's answer likelier, blue: less likely. Outlined are {outlined}; n = {n} clean prompts.{unswept}",
         )
-        + _table(
+        + table(
             ("#", "layer", "head", "effect", "standard error"),
             rows,
             numeric={0, 1, 2, 3, 4},
@@ -246,7 +246,7 @@ def _ablation(audit: Audit) -> str:
     chosen = next((i for i, p in enumerate(audit.ablation) if p is point), None)
     return (
         "<h2>What happens without these heads</h2>"
-        + _section(
+        + section(
             text.ablation_sentence(audit),
             plots.ablation_curve(audit.ablation),
             "Attack success and clean accuracy against the number of zeroed heads",
@@ -254,7 +254,7 @@ def _ablation(audit: Audit) -> str:
             "random sets of as many other heads. A "
             "backdoor in few heads shows as attack success that falls early, while accuracy and the grey line stay up.",
         )
-        + _table(
+        + table(
             ("heads", "attack success", "95% interval", "random sets", "accuracy", "95% interval", "random sets"),
             rows,
             numeric=range(7),
@@ -280,7 +280,7 @@ def _monitor(audit: Audit) -> str:
             rows.append((name, str(i), verdict.status, f"{verdict.excess:+.3f}", where))
     return (
         "<h2>Can a monitor see it in live requests</h2>"
-        + _section(
+        + section(
             text.monitor_sentence(audit),
             plots.monitor_ranges(outcome),
             "Excess of clean and triggered requests over the calibrated ranges",
@@ -289,13 +289,13 @@ def _monitor(audit: Audit) -> str:
             f"requests (at most {plots.SHOWN} of each group) with the direction that separates these requests best, "
             "picked after the fact; the grey band is the calibrated range with its slack.",
         )
-        + _table(
+        + table(
             ("requests", "flagged", "rate", "95% interval"),
             rates,
             numeric={1, 2},
             caption="Requests flagged by the monitor",
         )
-        + _table(
+        + table(
             ("group", "request", "verdict", "excess", "where"),
             rows,
             numeric={1, 3},
@@ -321,7 +321,7 @@ def _times(audit: Audit) -> str:
         if compared
         else "The steps were not run in plain PyTorch."
     )
-    return f"<h2>Time</h2><p>{note}</p>" + _table(
+    return f"<h2>Time</h2><p>{note}</p>" + table(
         ("step", "bkdfast", "plain PyTorch", "speed-up", "agreement"), rows, numeric={1, 2, 3}
     )
 
@@ -354,11 +354,12 @@ def _method(audit: Audit) -> str:
     return (
         "<h2>How it was computed</h2>"
         + "".join(f"<p>{escape(note)}</p>" for note in notes)
-        + _table(("setting", "value"), settings)
+        + table(("setting", "value"), settings)
     )
 
 
-def _section(sentence: str, figure: Figure, alt: str, caption: str) -> str:
+def section(sentence: str, figure: Figure, alt: str, caption: str) -> str:
+    """A sentence, and a picture with its caption."""
     buffer = io.BytesIO()
     plots.render(figure, buffer)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -369,7 +370,7 @@ def _section(sentence: str, figure: Figure, alt: str, caption: str) -> str:
     )
 
 
-def _table(
+def table(
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
@@ -377,6 +378,8 @@ def _table(
     chosen: int | None = None,
     caption: str = "",
 ) -> str:
+    """A table of text: column heads, rows, the columns of numbers, and the row that stands out."""
+
     def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
         marked = (f'<{tag} class="n">' if i in numeric else f"<{tag}>" for i in range(len(cells)))
         return f"<tr{kind}>" + "".join(f"{m}{escape(c)}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"

@@ -1,6 +1,6 @@
 """Singular vectors of weight deltas, streamed from two models or checkpoints, and the monitor directions they give."""
 
-from bkdfast.svd.delta import delta_svd
+from bkdfast.svd.delta import delta_plan, delta_svd
 from bkdfast.svd.directions import Directions, delta_directions
 from bkdfast.svd.extract import Extraction, extract_lora
 from bkdfast.svd.names import weights_hash
@@ -18,6 +18,7 @@ __all__ = [
     "TensorNorm",
     "delta_directions",
     "delta_norms",
+    "delta_plan",
     "delta_svd",
     "extract_lora",
     "weights_hash",

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from bkdfast.svd.artifact import versions
 from bkdfast.svd.krylov import Triplets, block_width, dense, leading_triplets, unchanged
 from bkdfast.svd.lora import open_pair
 from bkdfast.svd.names import combine_digests
-from bkdfast.svd.plan import Item, make_plan, memory_limit
+from bkdfast.svd.noise import rounding_edge
+from bkdfast.svd.plan import DeltaPlan, Item, make_plan, memory_limit
 from bkdfast.svd.result import DeltaSVD, TensorDelta
-from bkdfast.svd.rounding import rounding_edge
 from bkdfast.svd.stored import factored, from_unit, open_store, refuse_other_inputs, stamp_of, to_unit
 from bkdfast.svd.stream import Stream
 
@@ -110,9 +109,32 @@ class Settings:
             tolerance=self.tolerance,
             max_passes=self.max_passes,
             seed=_tensor_seed(self.seed, name),
-            noise=rounding_edge(w1),
+            ignore_below=rounding_edge(w1),
             backend=self.backend,
         )
+
+
+def delta_plan(
+    base: nn.Module | str | os.PathLike[str],
+    tuned: nn.Module | str | os.PathLike[str],
+    *,
+    rank: int = 20,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    max_passes: int = 12,
+) -> DeltaPlan:
+    """What `delta_svd` would compare and read, and the memory that it takes; reads nothing but headers.
+
+    Arguments, errors and warnings are those of `delta_svd`.
+
+    Example:
+        >>> from bkdfast.demo import PAIR
+        >>> plan = delta_plan(PAIR / "base", PAIR / "tuned", include="*.self_attn.o_proj.weight")
+        >>> len(plan.items), plan.items[0].shape, plan.nbytes
+        (6, (128, 256), 786432)
+    """
+    settings = Settings(rank, max_passes=max_passes)
+    return make_plan(*open_pair(base, tuned), include, exclude, work=settings.work)
 
 
 def delta_svd(
@@ -130,9 +152,8 @@ def delta_svd(
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
     max_memory: int | str | None = None,
-    plan: bool = False,
     progress: bool = True,
-) -> Any:
+) -> DeltaSVD:
     """Leading singular triplets of `tuned - base` for every 2-D weight, one tensor pair in memory at a time.
 
     Weights are taken as stored: a Conv1D (GPT-2) stores `[in, out]`, so there u is the input side; a fused projection
@@ -167,7 +188,6 @@ def delta_svd(
         resume: go on with what is finished in `out`; False: refuse a folder that has some.
         max_memory: bytes, or text such as "2GB", that weights, results and work may take, over what torch itself
             takes. The next pair is read ahead only while both fit.
-        plan: return the `DeltaPlan`, which can be printed, and read nothing but headers.
         progress: show a progress bar, in bytes of both sides, on stderr.
 
     Returns:
@@ -198,8 +218,6 @@ def delta_svd(
     limit = memory_limit(max_memory)
     sources = open_pair(base, tuned)
     found = make_plan(*sources, include, exclude, work=settings.work)
-    if plan:
-        return found
     found.refuse_too_large(limit)
     units.join()
     order, done = found.order(), set[int]()

@@ -24,7 +24,7 @@ from bkdfast.svd.artifact import read_artifact, versions, write_artifact
 from bkdfast.svd.delta import Settings, warn_unconverged
 from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names, weights_hash
-from bkdfast.svd.plan import check_shapes
+from bkdfast.svd.plan import check_shapes, refuse_quantised
 from bkdfast.svd.result import TensorDelta
 from bkdfast.svd.source import FolderSource, ModuleSource, WeightSource
 
@@ -159,7 +159,7 @@ def delta_directions(
         `Directions` with vectors `[L, K, D]`, K = rank * components, on the CPU.
 
     Raises:
-        CheckpointError: a side cannot be read, lacks a projection, or shapes differ.
+        CheckpointError: a side cannot be read, is quantised, lacks a projection, or shapes differ.
         InvalidArgumentError: an option is out of range, or base and tuned are identical in these projections.
         NonFiniteError: a delta has NaN or infinity; the message names the tensor.
         UnsupportedModelError: the architecture is not known; pass `spec=`.
@@ -176,6 +176,7 @@ def delta_directions(
     settings = Settings(rank, tolerance, max_passes, seed, device, backend)
     components = _check_components(components)
     base_source, tuned_source = open_pair(base, tuned)
+    refuse_quantised(base_source, tuned_source)
     spec = _describe(base_source, tuned_source, spec)
     components = _present(spec, components)
     weights = [
@@ -247,10 +248,10 @@ def _describe(base: WeightSource, tuned: WeightSource, spec: ModelSpec | None) -
     config = tuned.config if tuned.config is not None else base.config
     if config is None:
         raise CheckpointError(f"{tuned.label} has no config.json, which says what model it is; add it, or pass spec=")
-    return describe(_empty_model(config, tuned))
+    return describe(empty_model(config, tuned))
 
 
-def _empty_model(config: Any, source: WeightSource) -> nn.Module:
+def empty_model(config: Any, source: WeightSource) -> nn.Module:
     """The model of a config without weights: its structure is all that is needed."""
     import transformers
 

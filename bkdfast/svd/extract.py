@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError
+from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError, optional
 from bkdfast.svd.delta import Settings, warn_unconverged
 from bkdfast.svd.layout import Layout, write_adapter
 from bkdfast.svd.lora import AdapterSource, open_pair
@@ -101,12 +101,9 @@ class Extraction:
         """One row per changed weight, indexed by name: how, shape, rank, frobenius, energy, note.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("to_pandas needs pandas: pip install 'bkdfast[viz]'") from error
+        pd = optional("pandas", "a data frame", "viz")
         rows = [vars(one) for one in self.tensors.values()]
         return pd.DataFrame(rows, columns=list(Extracted.__dataclass_fields__)).set_index("name")
 

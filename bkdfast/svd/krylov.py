@@ -35,7 +35,7 @@ DENSE_SIDE = 256
 _OVERSAMPLING = 8
 _WIDTH = 16
 # Rounding of a column of D X in units of eps ||D||_F: at most 1 in float32 trials of 300 to 4096 columns, doubled.
-_FLOOR = 2.0
+FLOOR = 2.0
 # Directions of the next block with less than this many times the rounding of Z are rounding.
 _SIGNAL = 4.0
 # A gap between squared singular values, relative to the larger one, that is worth further passes to certify.
@@ -55,7 +55,7 @@ class Triplets:
         frobenius: `||D||_F`.
         changed: number of entries that differ.
         passes: how often both matrices were read.
-        converged: every residual is below `tolerance * s` or at the rounding floor, but for triplets below `noise`.
+        converged: every residual is below `tolerance * s` or at the rounding floor, but for what was to be ignored.
         angles: bounds on the vectors' angles, `bkdfast.svd.certificate`.
     """
 
@@ -78,7 +78,7 @@ def leading_triplets(
     tolerance: float = 1e-4,
     max_passes: int = 12,
     seed: int = 0,
-    noise: float = 0.0,
+    ignore_below: float = 0.0,
     backend: str | None = None,
 ) -> Triplets:
     """The `rank` leading singular triplets of `w1 - w0`, fewer where the delta's numerical rank is lower.
@@ -91,7 +91,7 @@ def leading_triplets(
             `2 eps ||D||_F` is not asked for.
         max_passes: reads of both matrices at most.
         seed: of the random start block.
-        noise: triplets of smaller singular values are returned as they are found; no pass is spent on them.
+        ignore_below: triplets of smaller singular values are returned as they are found; no pass is spent on them.
         backend: of `delta_sketch`.
 
     Returns:
@@ -105,7 +105,7 @@ def leading_triplets(
     with full_precision(), threads(1), torch.no_grad():
         if dense(w0.shape[0], w0.shape[1], rank):
             return _dense(w0, w1, rank, backend)
-        return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed, noise)
+        return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed, ignore_below)
 
 
 def unchanged(w: Tensor) -> Triplets:
@@ -219,14 +219,14 @@ class _Basis:
 
 
 def _iterate(
-    operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int, noise: float
+    operator: _Operator, rank: int, width: int, tolerance: float, max_passes: int, seed: int, ignore_below: float
 ) -> Triplets:
     m, n = operator.w0.shape
     x, start = _start_block(n, width, seed, operator)
     y, z, frobenius, changed = operator.first(x)
     if frobenius == 0:
         return _nothing(m, n, operator.dtype, changed, operator.passes)
-    floor = _FLOOR * torch.finfo(operator.dtype).eps * frobenius
+    floor = FLOOR * torch.finfo(operator.dtype).eps * frobenius
     basis = _Basis(x, y, z, floor, start)
     limits = basis.z.new_full((1,), math.inf).cpu()
     while True:
@@ -234,16 +234,17 @@ def _iterate(
         k = min(rank, int((ritz > floor).sum()))
         s, whole, w = ritz[:k], w, w[:, :k]
         residual, uncertainty = basis.residual(s, w)
-        failing = (residual > tolerance * s + floor) & (s > noise)
+        failing = (residual > tolerance * s + floor) & (s > ignore_below)
         stuck = bool(failing.any())
         only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
-        last = operator.passes >= max_passes or only_rounding
-        if basis.start is not None and (last or not stuck):
+        spent = operator.passes >= max_passes
+        # While residuals fail and more is to come, nobody asks for the limits.
+        if basis.start is not None and (spent or only_rounding or not stuck):
             limits = basis.limits(ritz, whole)
         bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
-        wanted = int((s > noise).sum())
+        wanted = int((s > ignore_below).sum())
         promising = basis.start is not None and _promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
-        if operator.passes >= max_passes or (operator.passes > 1 and not stuck and not promising):
+        if spent or (operator.passes > 1 and not stuck and not promising):
             break
         x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
         if x.shape[1] > 0:
@@ -251,11 +252,13 @@ def _iterate(
             y, z, _ = operator(x)
             basis.append(x, y, z)
         elif stuck and not basis.single:
+            if basis.start is not None:  # they are of D, and outlive the basis
+                limits = basis.limits(ritz, whole)
             basis = _realign(basis, operator, width)
         else:
             break
     return Triplets(
-        *_finish(basis.p @ u[:, :k], s, basis.q @ w, operator.dtype),
+        *finish(basis.p @ u[:, :k], s, basis.q @ w, operator.dtype),
         residual=(residual + uncertainty).cpu(),
         frobenius=frobenius,
         changed=changed,
@@ -294,23 +297,23 @@ def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
     delta = w1.double() - w0.double()
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     values = s.cpu()
-    k = min(rank, int((s > _FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
+    k = min(rank, int((s > FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
     u, s, v = u[:, :k], s[:k], vt[:k].T
     residual = torch.linalg.vector_norm(delta.T @ u - s * v, dim=0)
-    rounding = _FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
+    rounding = FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
     return Triplets(
-        *_finish(u, s, v, dtype),
+        *finish(u, s, v, dtype),
         residual=(residual + rounding).cpu(),
         frobenius=frobenius,
         changed=changed,
         passes=1,
         converged=True,
-        angles=angles(values, (residual + rounding).cpu(), _known(values), rounding, torch.finfo(dtype).eps),
+        angles=angles(values, (residual + rounding).cpu(), known_limits(values), rounding, torch.finfo(dtype).eps),
     )
 
 
-def _known(s: Tensor) -> Tensor:
-    """Limits where all singular values are known."""
+def known_limits(s: Tensor) -> Tensor:
+    """What `upper_limits` bounds, where all singular values `[N]` are known: `[N + 1]`."""
     return torch.cat((s.new_full((1,), math.inf), s[1:].square(), s.new_zeros(1)))
 
 
@@ -328,7 +331,7 @@ def _nothing(m: int, n: int, dtype: torch.dtype, changed: int, passes: int) -> T
     return Triplets(u, empty, v, empty.clone(), 0.0, changed, passes, True, nothing)
 
 
-def _finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Fix the signs (the largest |u_i| is positive) and round, on the CPU."""
     if u.shape[1] > 0:
         largest = u.gather(0, u.abs().argmax(0, keepdim=True))  # [1, k]

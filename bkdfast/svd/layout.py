@@ -50,13 +50,13 @@ class Layout:
         if isinstance(base, ModuleSource):
             model = base.model
         else:
-            from bkdfast.svd.directions import _empty_model
+            from bkdfast.svd.directions import empty_model
 
             if base.config is None:
                 raise CheckpointError(
                     f"{base.label} has no config.json, which says what modules it has; add it, or pass a loaded model"
                 )
-            model = _empty_model(base.config, base)
+            model = empty_model(base.config, base)
         modules, names, by_id = {}, {}, dict[int, list[str]]()
         for path, module in model.named_modules():
             if re.search(r"\.(lora_\w+|modules_to_save|original_module)(\.|$)", path):

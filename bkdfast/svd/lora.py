@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bkdfast.errors import CheckpointError, NonFiniteError
 from bkdfast.svd.adapter import Adapter, Part, base_of, check_layer, find_adapter, has_adapter
 from bkdfast.svd.certificate import angles
-from bkdfast.svd.krylov import _FLOOR, _finish, _known
+from bkdfast.svd.krylov import FLOOR, finish, known_limits
 from bkdfast.svd.names import match_names, tensor_digest
 from bkdfast.svd.numerics import threads
 from bkdfast.svd.result import TensorDelta
@@ -140,9 +140,9 @@ class AdapterSource:
         if isinstance(self.base, ModuleSource):
             self._layout = self.base.model
         elif self._layout is None and self.base.config is not None:
-            from bkdfast.svd.directions import _empty_model
+            from bkdfast.svd.directions import empty_model
 
-            self._layout = _empty_model(self.base.config, self.base)
+            self._layout = empty_model(self.base.config, self.base)
         if self._layout is None:
             return part.hint
         modules = {f"{path}.weight": module for path, module in self._layout.named_modules()}
@@ -321,9 +321,11 @@ def factor_product(
         u, v = q1 @ u[:, :k], q2 @ vt[:k].T
         residual = torch.linalg.vector_norm(right.T @ (left.T @ u) - s[:k] * v, dim=0)
     rows, columns = int((left != 0).any(1).sum()), int((right != 0).any(0).sum())
-    rounding = floor + _FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
-    bounds = angles(s, residual + rounding, _known(s) if real else s.new_zeros(0), rounding, torch.finfo(dtype).eps)
-    u, values, v = _finish(u, s[:k], v, dtype)
+    rounding = floor + FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
+    bounds = angles(
+        s, residual + rounding, known_limits(s) if real else s.new_zeros(0), rounding, torch.finfo(dtype).eps
+    )
+    u, values, v = finish(u, s[:k], v, dtype)
     return TensorDelta(
         name=name,
         shape=(m, n),

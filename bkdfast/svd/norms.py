@@ -7,16 +7,18 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bkdfast.errors import optional
 from bkdfast.ops.delta_sketch import delta_sketch, sketch_dtype
 from bkdfast.svd.artifact import versions
+from bkdfast.svd.comparison import Comparison
 from bkdfast.svd.plan import FLOATS, Item, make_plan, memory_limit
 from bkdfast.svd.source import open_source
 from bkdfast.svd.stream import Pair, Stream
@@ -61,50 +63,25 @@ class TensorNorm:
         return self.frobenius / self.base
 
     @property
+    def unchanged(self) -> bool:
+        """Whether no entry differs."""
+        return self.changed == 0
+
+    @property
     def changed_share(self) -> float:
         """Share of the entries that differ, 0 to 1."""
         return self.changed / max(1, math.prod(self.shape))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DeltaNorms(Mapping[str, TensorNorm]):
-    """The `TensorNorm` of every compared tensor, by its name in the tuned model, and what was not compared.
-
-    Attributes:
-        tensors: the results; the object itself is a mapping over them.
-        only_in_base: names that the tuned model lacks.
-        only_in_tuned: names that the base model lacks.
-        skipped: name -> why it was not compared.
-        tied: name -> the name under which the same storage was compared.
-        metadata: labels of both sides, versions.
-    """
-
-    tensors: dict[str, TensorNorm]
-    only_in_base: tuple[str, ...] = ()
-    only_in_tuned: tuple[str, ...] = ()
-    skipped: dict[str, str] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> TensorNorm:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+class DeltaNorms(Comparison[TensorNorm]):
+    """The `TensorNorm` of every compared tensor, by its name in the tuned model; attributes as of `Comparison`."""
 
     def __repr__(self) -> str:
         return (
             f"DeltaNorms({len(self)} tensors, {len(self.unchanged)} unchanged, ||delta|| {self.frobenius:.4g}, "
             f"{self.relative:.3%} of the base)"
         )
-
-    @property
-    def unchanged(self) -> tuple[str, ...]:
-        """Names of the tensors in which no entry differs."""
-        return tuple(name for name, norm in self.tensors.items() if norm.changed == 0)
 
     @property
     def frobenius(self) -> float:
@@ -125,12 +102,9 @@ class DeltaNorms(Mapping[str, TensorNorm]):
         """One row per tensor, indexed by name.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("to_pandas needs pandas: pip install 'bkdfast[viz]'") from error
+        pd = optional("pandas", "a data frame", "viz")
         rows = [[getattr(norm, column) for column in _COLUMNS] for norm in self.tensors.values()]
         return pd.DataFrame(rows, columns=list(_COLUMNS)).set_index("name")
 

@@ -174,12 +174,7 @@ def make_plan(
         UserWarning: names on one side only; resized vocabularies.
     """
     wanted, unwanted = patterns(include, "include"), patterns(exclude, "exclude") or []
-    for source, side in ((base, "base"), (tuned, "tuned model")):
-        if how := source.quantised():
-            raise CheckpointError(
-                f"the {side} {source.label} is quantised ({how}), and the difference of quantisation codes means "
-                "nothing; dequantise it first (model.dequantize() of transformers, then save_pretrained) and pass that"
-            )
+    refuse_quantised(base, tuned)
     for pattern in wanted or ():
         if not any(fnmatchcase(name, pattern) for name in tuned.names):
             raise InvalidArgumentError(
@@ -244,6 +239,16 @@ def make_plan(
     extra, held = tuple(cost[0] for cost in costs), sum(cost[1] for cost in costs)
     labels = base.label, tuned.label
     return DeltaPlan(tuple(items), only_in_base, only_in_tuned, skipped, tied, resized, labels, extra, held)
+
+
+def refuse_quantised(base: WeightSource, tuned: WeightSource) -> None:
+    """Raise CheckpointError where a side holds quantisation codes."""
+    for source, side in ((base, "base"), (tuned, "tuned model")):
+        if how := source.quantised():
+            raise CheckpointError(
+                f"the {side} {source.label} is quantised ({how}), and the difference of quantisation codes means "
+                "nothing; dequantise it first (model.dequantize() of transformers, then save_pretrained) and pass that"
+            )
 
 
 def check_shapes(name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bkdfast.errors import CheckpointError
+from bkdfast.errors import CheckpointError, optional
 from bkdfast.svd.artifact import read_artifact, write_artifact
+from bkdfast.svd.comparison import Comparison
 
 if TYPE_CHECKING:
     import pandas
@@ -45,7 +45,8 @@ class TensorDelta:
             probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
         passes: how often both matrices were read by the iteration; 0 where they are the same byte for byte, and for a
             LoRA, whose factors are decomposed.
-        converged: every residual is below `tolerance * s`, or as small as rounding allows, but for `noise`.
+        converged: every residual is below `tolerance * s`, or as small as rounding allows, but for
+            those `below_rounding`.
         rounding: about the largest singular value that rounding to the tuned weights' format gives a delta by itself.
         note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".
     """
@@ -72,7 +73,7 @@ class TensorDelta:
         return self.s.shape[0]
 
     @property
-    def noise(self) -> Tensor:
+    def below_rounding(self) -> Tensor:
         """`[k]` bool: singular values that rounding alone may have given."""
         return self.s < self.rounding
 
@@ -88,34 +89,12 @@ class TensorDelta:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DeltaSVD(Mapping[str, TensorDelta]):
+class DeltaSVD(Comparison[TensorDelta]):
     """The `TensorDelta` of every compared weight, by its name in the tuned model, and what was not compared.
 
-    Attributes:
-        tensors: the results; the object itself is a mapping over them. Matrix e of a stack `[E, a, b]` is `name[e]`.
-        only_in_base: names that the tuned model lacks.
-        only_in_tuned: names that the base model lacks.
-        skipped: name -> why it was not compared (no matrix, not floating point). Names that `include` and `exclude`
-            leave out are not listed.
-        tied: name -> the name under which the same storage was compared.
-        metadata: labels and hashes of both sides, settings, seed, versions.
+    Matrix e of a stack `[E, a, b]` is `name[e]`; `skipped` has what is no floating-point matrix, `metadata` labels and
+    hashes of both sides, settings, seed and versions. The other attributes are those of `Comparison`.
     """
-
-    tensors: dict[str, TensorDelta]
-    only_in_base: tuple[str, ...] = ()
-    only_in_tuned: tuple[str, ...] = ()
-    skipped: dict[str, str] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> TensorDelta:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
     def __repr__(self) -> str:
         text = f"DeltaSVD({len(self)} tensors, {len(self.unchanged)} unchanged, {len(self.skipped)} skipped"
@@ -124,21 +103,13 @@ class DeltaSVD(Mapping[str, TensorDelta]):
             text += f", largest delta {top.frobenius:.3g} in {top.name}"
         return text + ")"
 
-    @property
-    def unchanged(self) -> tuple[str, ...]:
-        """Names of the compared weights in which no entry differs."""
-        return tuple(name for name, delta in self.tensors.items() if delta.unchanged)
-
     def to_pandas(self) -> pandas.DataFrame:
         """One row per tensor, indexed by name: shape, rank, s_1, Frobenius norm, energy, changed share, convergence.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError("to_pandas needs pandas: pip install 'bkdfast[viz]'") from error
+        pd = optional("pandas", "a data frame", "viz")
         rows = [
             {
                 "name": delta.name,
@@ -153,7 +124,7 @@ class DeltaSVD(Mapping[str, TensorDelta]):
                 "changed_share": delta.changed / max(1, delta.shape[0] * delta.shape[1]),
                 "relative_residual": float((delta.residual / delta.s).max()) if delta.rank else 0.0,
                 "largest_angle": float(delta.subspace.max()) if delta.rank else 0.0,
-                "above_rounding": int((~delta.noise).sum()),
+                "above_rounding": int((~delta.below_rounding).sum()),
                 "passes": delta.passes,
                 "converged": delta.converged,
                 "note": delta.note,

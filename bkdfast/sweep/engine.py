@@ -129,9 +129,17 @@ def sweep(
         }
 
         def divided() -> Sweep:
-            chunk, share, tokens = division.values()
-            split = out is not None or world > 1
-            return Sweep(model, state, checked, places, metrics, chunk=chunk, share=share, tokens=tokens, split=split)
+            return Sweep(
+                model,
+                state,
+                checked,
+                places,
+                metrics,
+                chunk=division["variants"],
+                share=division["share_prefix"],
+                tokens=division["tokens"],
+                split=out is not None or world > 1,
+            )
 
         job = divided()
         what = _describe(places, job, edit)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from bkdfast.errors import InvalidArgumentError, MissingDependencyError, StoreError
+from bkdfast.errors import InvalidArgumentError, StoreError, optional
 from bkdfast.jobs.store import write_whole
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class SweepResult:
 
         Variants that were not swept are left out. A set is named as in `3.1+4.6`: layer 3 head 1 and layer 4 head 6.
         """
-        pd = _optional("pandas", "a data frame", "studies")
+        pd = optional("pandas", "a data frame", "studies")
         index = (~self.mean.isnan()).nonzero()
         columns: dict[str, Any] = {
             name: [_plain(self.coords[name][i]) for i in index[:, dim].tolist()] for dim, name in enumerate(self.dims)
@@ -186,7 +186,7 @@ class SweepResult:
 
     def to_xarray(self) -> xarray.Dataset:
         """A dataset of `effect [*dims, sample]` and `baseline [sample]`, with the rest in its attributes."""
-        xr = _optional("xarray", "an xarray dataset", "studies")
+        xr = optional("xarray", "an xarray dataset", "studies")
         labels: dict[str, list[Any]] = {name: [_plain(label) for label in self.coords[name]] for name in self.dims}
         for name, values in labels.items():
             if any(isinstance(value, str) for value in values):  # a coordinate has one type
@@ -314,12 +314,3 @@ def _label(dim: str, value: Any, number: int) -> Any:
 
 def _plain(label: Any) -> int | str:
     return set_name(label) if isinstance(label, tuple) else label
-
-
-def _optional(module: str, what: str, extra: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'{what} needs {module}, which cannot be imported ({error}); pip install "bkdfast[{extra}]"'
-        ) from error

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import bkdfast as bf
 from bkdfast.errors import CheckpointError, InvalidArgumentError
-from bkdfast.svd import delta_norms, delta_svd
+from bkdfast.svd import delta_directions, delta_norms, delta_plan, delta_svd
 from bkdfast.svd.plan import DeltaPlan, memory_limit, show_bytes
 from bkdfast.svd.reader import TensorFile
 from tests.svd.matrices import FP64, gpt2, llama, sin_theta, tune, with_spectrum
@@ -54,7 +54,7 @@ def test_experts_are_compared_one_by_one(stacked, monkeypatch):
         assert delta.shape == (40, 32) and delta.note.startswith("one of 3 stacked matrices")
     assert got.unchanged == (f"{STACK}[2]",) and got[f"{STACK}[2]"].passes == 0
     assert got.skipped == {"norm.weight": "1-D", "conv": "3-D, and too narrow for a stack of matrices"}
-    assert "3 of 40 x 32" in str(run(*stacked, plan=True))
+    assert "3 of 40 x 32" in str(delta_plan(*stacked))
 
 
 def test_experts_of_a_model_in_memory():
@@ -108,8 +108,8 @@ def test_a_plan_reads_headers_only(stacked, tmp_path, monkeypatch):
     tuned = save(tmp_path, "tuned", {"a": torch.ones(64, 48), "n": torch.ones(3), "c": torch.ones(2, 2)})
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("a tensor was read"))
     with pytest.warns(UserWarning, match="model only"):
-        plan = run(base, tuned, plan=True, out=tmp_path / "out")
-    assert isinstance(plan, DeltaPlan) and not (tmp_path / "out").exists()
+        plan = delta_plan(base, tuned, rank=4)
+    assert isinstance(plan, DeltaPlan)
     assert plan.nbytes == 64 * 48 * 6 and plan.items[0].nbytes == (64 * 48 * 2, 64 * 48 * 4)
     assert plan.least_memory > plan.nbytes and plan.peak_memory == plan.least_memory
     assert plan.labels == (str(base), str(tuned))
@@ -124,7 +124,7 @@ def test_plans_tell_tied_and_resized():
     tuned = llama(tied=True)
     tuned.resize_token_embeddings(72, mean_resizing=False)
     with pytest.warns(UserWarning, match="common rows"):
-        plan = run(base, tuned, plan=True)
+        plan = delta_plan(base, tuned)
     assert "lm_head.weight: the same as model.embed_tokens.weight" in str(plan)
     assert "64 tokens in the base and 72 in the tuned model" in str(plan)
     item = next(item for item in plan.items if "embed" in item.name)
@@ -149,7 +149,7 @@ def test_max_memory(tmp_path):
         save(tmp_path, side, {f"w{i}": torch.randn(300, 300 + i) for i in range(3)} | {"small": torch.randn(20, 30)})
         for side in ("base", "tuned")
     ]
-    plan = run(*sides, plan=True)
+    plan = delta_plan(*sides, rank=4)
     assert plan.least_memory < plan.peak_memory
     with pytest.raises(InvalidArgumentError) as caught:
         run(*sides, max_memory=plan.least_memory - 1)
@@ -202,7 +202,14 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("compare", [run, lambda *sides: delta_norms(*sides, progress=False)], ids=["svd", "norms"])
+COMPARE = {
+    "svd": run,
+    "norms": lambda *sides: delta_norms(*sides, progress=False),
+    "directions": lambda *sides: delta_directions(*sides, progress=False),
+}
+
+
+@pytest.mark.parametrize("compare", COMPARE.values(), ids=COMPARE)
 @pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize("side", ["base", "tuned"])
 def test_quantised_checkpoints_are_refused_by_name(tmp_path, kind, side, compare):
