@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -86,3 +88,27 @@ def kill_at_line(files, number):
             os.kill(os.getpid(), signal.SIGKILL)
 
     trace_lines(files, count)
+
+
+def start(script, folder, *arguments):
+    """Run a script's text, kept in `folder`, in a Python of its own."""
+    file = folder / "script.py"
+    file.write_text(textwrap.dedent(script))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(file), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finished(process):
+    """What a script printed; it has to succeed."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip()
+
+
+def wait_for_units(folder, count, process):
+    """Until a store in `folder / "out"` has so many finished units."""
+    deadline = time.monotonic() + 90
+    while len(list((folder / "out").glob("unit-*"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)

@@ -68,6 +68,9 @@ class Rank:
             timeout=timedelta(seconds=20),
         )  # fmt: skip
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world)
+        store.add("connected", 1)  # gloo hangs or fails where a rank dies before all are connected
+        while store.add("connected", 0) < self.world:
+            time.sleep(0.01)
         self.work()
 
     def work(self):

@@ -4,10 +4,6 @@ import copy
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 import warnings
 
 import pytest
@@ -18,6 +14,8 @@ from bkdfast.errors import CheckpointError, InvalidArgumentError, StoreError
 from bkdfast.jobs import store as store_module
 from bkdfast.svd import DeltaSVD, artifact, delta_svd
 from bkdfast.svd.delta import Settings
+from tests.jobs import processes
+from tests.jobs.processes import finished, wait_for_units
 from tests.svd.matrices import llama, tune
 
 TENSORS = 16  # two layers of seven, embedding and head
@@ -62,25 +60,8 @@ def folder(checkpoints, tmp_path):
     return tmp_path
 
 
-def start(folder, *more) -> subprocess.Popen:
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, str(script), str(folder), str(folder / f"log{len(more) and more[-1]}"), *more]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finished(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out.strip()
-
-
-def wait_for_units(folder, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while len(list((folder / "out").glob("unit-*"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
+def start(folder, *more):
+    return processes.start(SCRIPT, folder, folder, folder / f"log{len(more) and more[-1]}", *more)
 
 
 def run(folder, **more):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import pytest
 import torch
@@ -17,6 +12,8 @@ from bkdfast.errors import InvalidArgumentError
 from bkdfast.sweep import plan as planning
 from bkdfast.sweep import run
 from tests.hf import zoo
+from tests.jobs import processes
+from tests.jobs.processes import finished, wait_for_units
 
 SCRIPT = """
     import sys, time, torch
@@ -53,25 +50,8 @@ SCRIPT = """
 """
 
 
-def start(folder, *more) -> subprocess.Popen:
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, str(script), str(folder / "out"), str(folder / f"log{len(more) and more[-1]}"), *more]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finished(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out.strip()
-
-
-def wait_for_units(folder, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while len(list((folder / "out").glob("unit-*"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
+def start(folder, *more):
+    return processes.start(SCRIPT, folder, folder / "out", folder / f"log{len(more) and more[-1]}", *more)
 
 
 @pytest.fixture(scope="module")
