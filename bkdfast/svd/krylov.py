@@ -158,15 +158,16 @@ class _Basis:
     """Q, Z = D^T D Q and the left factorisation D Q = P R of the blocks so far, all float64.
 
     `noise` is the rounding of a column of D X; that of column j of Z is `noise * size[j]`, with `size` = |D q_j|.
-    `start` `[w, w]` has the Gaussian start block in terms of the first block of Q; None: it is not in this basis.
+    `blocks` has their widths, `start` `[w, w]` the Gaussian start block in terms of the first one; None: it is not in
+    this basis.
     """
 
     def __init__(self, q: Tensor, y: Tensor, z: Tensor, noise: float, start: Tensor | None = None) -> None:
-        self.noise, self.start, self.blocks = noise, start, 1
+        self.noise, self.start, self.blocks = noise, start, [q.shape[1]]
         self.q, self.z = q, z  # [n, w]
         self.p, self.r = torch.linalg.qr(y)  # [m, w], [w, w]
         self.size = torch.linalg.vector_norm(y, dim=0)  # [w]
-        self.newest = q.shape[1]
+        self._rest: Tensor | None = None
 
     def append(self, q: Tensor, y: Tensor, z: Tensor) -> None:
         rest, coefficients = _project_out(y, self.p)
@@ -176,23 +177,28 @@ class _Basis:
         self.p = torch.cat((self.p, p), 1)
         self.q, self.z = torch.cat((self.q, q), 1), torch.cat((self.z, z), 1)
         self.size = torch.cat((self.size, torch.linalg.vector_norm(y, dim=0)))
-        self.newest = q.shape[1]
-        self.blocks += 1
+        self.blocks.append(q.shape[1])
+        self._rest = None
 
-    def limits(self, s: Tensor, w: Tensor) -> Tensor:
-        """Upper bounds on the squared singular values, given all Ritz triplets."""
-        if self.start is None:
-            return s.new_full((1,), math.inf)
-        share = (w[: len(self.start)].T @ self.start).square().sum(1)[: len(s)]
-        # What rounding and the directions left out as rounding take from D^T D Q = Q T; a symmetric change of D^T D of
-        # twice that size makes the relation exact.
+    def limits(self) -> Tensor:
+        """Upper bounds on the squared singular values; of the start block's basis only.
+
+        Rounding, and directions left out as rounding, keep `D^T D Q = Q T` + the rest of the newest block from holding;
+        for a matrix within `slack` of D^T D it holds exactly, with a block tridiagonal T. The bounds are for that one.
+        """
+        assert self.start is not None
         slack = 2 * (_SIGNAL + 1) * self.noise * float(torch.linalg.vector_norm(self.size))
-        return upper_limits(s.square().cpu(), share.cpu(), self.start.shape[1], self.blocks - 1, slack)
+        of = torch.arange(len(self.blocks)).repeat_interleave(torch.tensor(self.blocks)).to(self.r.device)
+        theta, w = torch.linalg.eigh((self.r.T @ self.r) * ((of[:, None] - of).abs() <= 1))
+        theta, w = theta.flip(0).clamp(min=0), w.flip(1)
+        share = (w[: len(self.start)].T @ self.start).square().sum(1)
+        outside = torch.linalg.vector_norm(self.rest() @ w[-self.blocks[-1] :], dim=0) / theta.sqrt().clamp(min=slack)
+        return upper_limits(theta, share, outside, self.start.shape[1], len(self.blocks) - 1, slack)
 
     @property
     def single(self) -> bool:
         """One block only."""
-        return self.newest == self.q.shape[1]
+        return len(self.blocks) == 1
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """U_R, s, W with R = U_R diag(s) W^T."""
@@ -205,12 +211,18 @@ class _Basis:
         uncertainty = self.noise * torch.linalg.vector_norm(self.size[:, None] * w, dim=0) / s
         return residual, uncertainty
 
+    def rest(self) -> Tensor:
+        """What the newest Z adds to Q `[n, newest]`."""
+        if self._rest is None:
+            z = self.z[:, -self.blocks[-1] :]
+            self._rest = z - self.q @ (self.q.T @ z)
+        return self._rest
+
     def next_block(self) -> Tensor:
         """An orthonormal basis of what the newest Z adds to Q; without columns where that is only rounding."""
-        z, size = self.z[:, -self.newest :], self.size[-self.newest :]
+        size = self.size[-self.blocks[-1] :]
         # In units of its own rounding, a weak column counts like a strong one.
-        z = z[:, size > 0] / (self.noise * size[size > 0])
-        rest = z - self.q @ (self.q.T @ z)
+        rest = self.rest()[:, size > 0] / (self.noise * size[size > 0])
         block, signal, _ = torch.linalg.svd(rest, full_matrices=False)
         room = self.p.shape[0] - self.q.shape[1]
         block = block[:, signal > _SIGNAL][:, : max(room, 0)]
@@ -232,7 +244,7 @@ def _iterate(
     while True:
         u, ritz, w = basis.ritz()
         k = min(rank, int((ritz > floor).sum()))
-        s, whole, w = ritz[:k], w, w[:, :k]
+        s, w = ritz[:k], w[:, :k]
         residual, uncertainty = basis.residual(s, w)
         failing = (residual > tolerance * s + floor) & (s > ignore_below)
         stuck = bool(failing.any())
@@ -240,7 +252,7 @@ def _iterate(
         spent = operator.passes >= max_passes
         # While residuals fail and more is to come, nobody asks for the limits.
         if basis.start is not None and (spent or only_rounding or not stuck):
-            limits = basis.limits(ritz, whole)
+            limits = basis.limits()
         bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
         wanted = int((s > ignore_below).sum())
         promising = basis.start is not None and _promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
@@ -253,7 +265,7 @@ def _iterate(
             basis.append(x, y, z)
         elif stuck and not basis.single:
             if basis.start is not None:  # they are of D, and outlive the basis
-                limits = basis.limits(ritz, whole)
+                limits = basis.limits()
             basis = _realign(basis, operator, width)
         else:
             break
@@ -275,7 +287,7 @@ def _promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: fl
             continue
         squares = s.square()
         gaps = squares[i] - squares[i + 1 : reach]
-        wide = gaps > max(_GAP * float(squares[i]), float(s[0]) * floor / tolerance)
+        wide = gaps > max(_GAP * float(squares[i]), float(s[i]) * floor / tolerance)
         if bool(wide.any()):
             return True
     return False
@@ -342,8 +354,8 @@ def finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 def _start_block(n: int, width: int, seed: int, operator: _Operator) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of a Gaussian block, and the block in terms of it."""
     # A CPU generator: the same block on every device.
-    gaussian = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    q, r = torch.linalg.qr(gaussian.to(operator.w0.device))
+    gaussian = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    q, r = torch.linalg.qr(gaussian.to(operator.w0.device, torch.float64))
     return _rounded(q, operator.dtype), r
 
 

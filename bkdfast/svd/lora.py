@@ -322,9 +322,8 @@ def factor_product(
         residual = torch.linalg.vector_norm(right.T @ (left.T @ u) - s[:k] * v, dim=0)
     rows, columns = int((left != 0).any(1).sum()), int((right != 0).any(0).sum())
     rounding = floor + FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
-    bounds = angles(
-        s, residual + rounding, known_limits(s) if real else s.new_zeros(0), rounding, torch.finfo(dtype).eps
-    )
+    limits = known_limits(s) if real else s.new_full((1,), math.inf)
+    bounds = angles(s, residual + rounding, limits, rounding, torch.finfo(dtype).eps)
     u, values, v = finish(u, s[:k], v, dtype)
     return TensorDelta(
         name=name,

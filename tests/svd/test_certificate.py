@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bkdfast.svd import krylov
-from bkdfast.svd.certificate import christoffel
+from bkdfast.svd.certificate import kernel_polynomial, least_singular_value
 from bkdfast.svd.krylov import leading_triplets
 from tests.svd.matrices import FP64, with_spectrum
 
@@ -73,18 +73,33 @@ def test_limits_that_are_too_small_would_be_caught(monkeypatch):
 
 
 @pytest.mark.parametrize("degree", [0, 1, 4, 9])
-def test_christoffel_function_is_the_best_polynomials(degree):
-    """Against least squares over the coefficients in a Chebyshev basis."""
+def test_kernel_polynomial_is_the_best(degree):
+    """Against least squares over the coefficients in a Chebyshev basis, for two measures at once."""
     torch.manual_seed(degree)
-    nodes, weight = torch.rand(60, dtype=FP64).sort(descending=True).values, torch.rand(60, dtype=FP64)
-    for at in (1.01, 1.3, 4.0):
-        place = torch.tensor([at], dtype=FP64)
-        angle = lambda x: torch.special.chebyshev_polynomial_t(2 * x[:, None] - 1, torch.arange(degree + 1))  # noqa: E731
-        gram = angle(nodes).T @ (weight[:, None] * angle(nodes))
-        values = angle(place)[0]
-        want = values @ torch.linalg.solve(gram, values)
-        found = christoffel(nodes.numpy(), weight.numpy(), degree, place.numpy())
-        assert found[0] == pytest.approx(want.item(), rel=1e-6)
+    nodes = torch.rand(60, dtype=FP64).sort(descending=True).values
+    weights = torch.rand(2, 60, dtype=FP64) * torch.tensor([[1.0], [0.0]]).where(torch.arange(60) < 20, 1.0)
+    places = torch.tensor([[1.01, 1.3, 4.0], [nodes[19], 1.0, 1.3]], dtype=FP64)
+    found = kernel_polynomial(nodes, weights, degree, places)
+    chebyshev = lambda x: torch.special.chebyshev_polynomial_t(2 * x[:, None] - 1, torch.arange(degree + 1))  # noqa: E731
+    for weight, at, values in zip(weights, places, found, strict=True):
+        gram = chebyshev(nodes).T @ (weight[:, None] * chebyshev(nodes))
+        best = torch.linalg.solve(gram, chebyshev(at).T)  # [D, A]
+        best = chebyshev(nodes) @ (best / (chebyshev(at).T * best).sum(0))
+        torch.testing.assert_close(values.T, best, rtol=1e-4, atol=1e-8)
+
+
+def test_kernel_polynomial_with_more_degrees_than_nodes_vanishes_at_them():
+    nodes = torch.tensor([3.0, 2.0, 1.0], dtype=FP64)
+    found = kernel_polynomial(nodes, torch.tensor([[0.0, 1.0, 1.0]], dtype=FP64), 5, nodes[:1, None])
+    torch.testing.assert_close(found[0, 0], torch.tensor([1.0, 0.0, 0.0], dtype=FP64))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 6), (4, 16)])
+def test_least_singular_value(shape):
+    """As often below it as said, or less often, and not by far."""
+    blocks = torch.randn(20_000, *shape, dtype=FP64, generator=torch.Generator().manual_seed(0))
+    share = (torch.linalg.svdvals(blocks)[:, -1] < least_singular_value(*shape, failure=0.02)).double().mean()
+    assert 0.005 < share < 0.02 + 3 * (0.02 / len(blocks)) ** 0.5
 
 
 def test_limits_hold_and_are_close():
@@ -100,3 +115,13 @@ def test_limits_hold_and_are_close():
             assert (seen[-1][1:7].sqrt() <= 1.05 * s[1:7]).all()
     for limits in seen:
         assert (limits[1:] >= s[1 : len(limits)].square() - 1e-6).all()
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("harmonic", 8), ("geometric", 3)])
+def test_how_many_passes_a_certificate_takes(kind, passes):
+    number = torch.arange(300, dtype=FP64)
+    s = (number + 1) ** -0.5 if kind == "harmonic" else 10.0 ** (-number / 8)
+    w1 = with_spectrum(300, 300, s).float()
+    for seed in range(5):
+        found = leading_triplets(torch.zeros_like(w1), w1, rank=8, seed=seed)
+        assert found.passes <= passes and found.angles.subspace.max() <= 1e-4
