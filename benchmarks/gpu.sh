@@ -9,6 +9,7 @@
 #   tests         every kernel on the GPU
 #   measurements  OUT/<gpu>.json, written after every case
 #   sweep         all heads of a 7B model: OUT/sweep-7b-<gpu>.json, written after every step
+#   svd           deltas of a 7B model: OUT/svd-7b-<gpu>.json, written after every step
 #   triton        opcheck and torch.compile with Triton's kernels behind the dispatcher
 #   cpu           the ops on this machine's CPU
 #   memcheck, racecheck  compute-sanitizer on a selection that launches every kernel of every op
@@ -21,7 +22,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 out=${1:-benchmarks/results}
-steps=${STEPS:-build doctor tests measurements sweep triton cpu memcheck racecheck}
+steps=${STEPS:-build doctor tests measurements sweep svd triton cpu memcheck racecheck}
 deadline=470  # seconds; later steps get what the earlier ones left
 failed=0
 
@@ -61,7 +62,7 @@ sanitize() {  # sanitize TOOL SECONDS SELECTION: the CUDA kernels under compute-
 
 for name in $steps; do
   case $name in
-    build | doctor | tests | measurements | sweep | triton | cpu | memcheck | racecheck) ;;
+    build | doctor | tests | measurements | sweep | svd | triton | cpu | memcheck | racecheck) ;;
     *)
       echo "STEPS: there is no step $name" >&2
       exit 1
@@ -87,6 +88,7 @@ step tests 120 "$python" -m pytest -q -n 12 --maxfail=20 --tb=short tests/kernel
 name=$("$python" -c 'from benchmarks.run import slug; import torch; print(slug(torch.cuda.get_device_name()))')
 step measurements 150 "$python" -m benchmarks.run --device cuda --out "$out/$name.json"
 step sweep 120 "$python" -m benchmarks.sweep_7b --out "$out/sweep-7b-$name.json"
+step svd 60 "$python" -m benchmarks.svd_7b --out "$out/svd-7b-$name.json"
 step triton 60 env BKDFAST_BACKEND=triton "$python" -m pytest -q -n 8 --tb=short tests/kernels/test_gpu.py \
   -k "opcheck or one_graph"
 step cpu 60 "$python" -m pytest -q -n 12 --tb=short tests/ops

@@ -21,6 +21,7 @@ Sources: Halko, Martinsson & Tropp 2011 (SIAM Review 53(2)) for the random start
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -170,7 +171,7 @@ class _Basis:
         self._rest: Tensor | None = None
 
     def append(self, q: Tensor, y: Tensor, z: Tensor) -> None:
-        rest, coefficients = _project_out(y, self.p)
+        rest, coefficients = project_out(y, self.p)
         p, r = torch.linalg.qr(rest)
         below = self.r.new_zeros(r.shape[0], self.r.shape[1])
         self.r = torch.cat((torch.cat((self.r, coefficients), 1), torch.cat((below, r), 1)))
@@ -181,19 +182,10 @@ class _Basis:
         self._rest = None
 
     def limits(self) -> Tensor:
-        """Upper bounds on the squared singular values; of the start block's basis only.
-
-        Rounding, and directions left out as rounding, keep `D^T D Q = Q T` + the rest of the newest block from holding;
-        for a matrix within `slack` of D^T D it holds exactly, with a block tridiagonal T. The bounds are for that one.
-        """
+        """Upper bounds on the squared singular values; of the start block's basis only."""
         assert self.start is not None
-        slack = 2 * (_SIGNAL + 1) * self.noise * float(torch.linalg.vector_norm(self.size))
-        of = torch.arange(len(self.blocks)).repeat_interleave(torch.tensor(self.blocks)).to(self.r.device)
-        theta, w = torch.linalg.eigh((self.r.T @ self.r) * ((of[:, None] - of).abs() <= 1))
-        theta, w = theta.flip(0).clamp(min=0), w.flip(1)
-        share = (w[: len(self.start)].T @ self.start).square().sum(1)
-        outside = torch.linalg.vector_norm(self.rest() @ w[-self.blocks[-1] :], dim=0) / theta.sqrt().clamp(min=slack)
-        return upper_limits(theta, share, outside, self.start.shape[1], len(self.blocks) - 1, slack)
+        outside = self.rest()
+        return space_limits(self.r, self.blocks, outside.T @ outside, self.start, self.size, self.noise)
 
     @property
     def single(self) -> bool:
@@ -255,8 +247,8 @@ def _iterate(
             limits = basis.limits()
         bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
         wanted = int((s > ignore_below).sum())
-        promising = basis.start is not None and _promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
-        if spent or (operator.passes > 1 and not stuck and not promising):
+        hopeful = basis.start is not None and promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
+        if spent or (operator.passes > 1 and not stuck and not hopeful):
             break
         x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
         if x.shape[1] > 0:
@@ -280,7 +272,33 @@ def _iterate(
     )
 
 
-def _promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: float, floor: float) -> bool:
+def space_limits(
+    r: Tensor, blocks: Sequence[int], outside: Tensor, start: Tensor, size: Tensor, noise: float
+) -> Tensor:
+    """Upper bounds on the squared singular values, from a Krylov space and its random start block.
+
+    Rounding, and directions left out as rounding, keep `D^T D Q = Q T` + the rest of the newest block from holding; for
+    a matrix within `slack` of D^T D it holds exactly, with a block tridiagonal T. The bounds are for that one.
+
+    Args:
+        r: R of `D Q = P R`, `[N, N]`.
+        blocks: widths of the blocks of Q.
+        outside: Gram matrix of what the newest Z adds to Q.
+        start: the Gaussian start block in terms of the first block of Q, `[w, w]`.
+        size: norms of the columns of `D Q`, `[N]`.
+        noise: rounding of a column of D X.
+    """
+    slack = 2 * (_SIGNAL + 1) * noise * float(torch.linalg.vector_norm(size))
+    block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)).to(r.device)
+    theta, w = torch.linalg.eigh((r.T @ r) * ((block[:, None] - block).abs() <= 1))
+    theta, w = theta.flip(0).clamp(min=0), w.flip(1)
+    share = (w[: len(start)].T @ start).square().sum(1)
+    newest = w[-blocks[-1] :]
+    missing = (newest * (outside @ newest)).sum(0).clamp(min=0).sqrt() / theta.sqrt().clamp(min=slack)
+    return upper_limits(theta, share, missing, start.shape[1], len(blocks) - 1, slack)
+
+
+def promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: float, floor: float) -> bool:
     """Another pass may bring some angle's bound below the tolerance: the gap that it needs is there."""
     for i in range(wanted):
         if min(float(bounds.vector[i]), float(bounds.subspace[i])) <= tolerance:
@@ -344,11 +362,17 @@ def _nothing(m: int, n: int, dtype: torch.dtype, changed: int, passes: int) -> T
 
 
 def finish(u: Tensor, s: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Fix the signs (the largest |u_i| is positive) and round, on the CPU."""
-    if u.shape[1] > 0:
-        largest = u.gather(0, u.abs().argmax(0, keepdim=True))  # [1, k]
-        u, v = u * largest.sign(), v * largest.sign()
+    """Fix the signs and round, on the CPU."""
+    u, v = signed(u, v)
     return u.to("cpu", dtype).contiguous(), s.cpu(), v.to("cpu", dtype).contiguous()
+
+
+def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors `[..., m, k]` and `[..., n, k]` with the signs that make the largest |u_i| positive."""
+    if u.shape[-1] == 0:
+        return u, v
+    sign = u.gather(-2, u.abs().argmax(-2, keepdim=True)).sign()  # [..., 1, k]
+    return u * sign, v * sign
 
 
 def _start_block(n: int, width: int, seed: int, operator: _Operator) -> tuple[Tensor, Tensor]:
@@ -364,9 +388,9 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).double()
 
 
-def _project_out(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """`x - B B^T x`, twice (Gram-Schmidt is accurate then), and the coefficients."""
-    first = basis.T @ x
+def project_out(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """`x - B B^T x` of `[..., n, w]`, twice (Gram-Schmidt is accurate then), and the coefficients."""
+    first = basis.mT @ x
     x = x - basis @ first
-    second = basis.T @ x
+    second = basis.mT @ x
     return x - basis @ second, first + second

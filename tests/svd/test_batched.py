@@ -1,0 +1,112 @@
+"""Many pairs at once give what each gives alone, and none waits for the host between passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bkdfast.errors import InvalidArgumentError, NonFiniteError
+from bkdfast.svd import batched
+from bkdfast.svd.batched import batched_triplets
+from bkdfast.svd.krylov import leading_triplets
+from tests.svd.matrices import FP64, pair, sin_theta, with_spectrum
+
+M, N, RANK = 300, 420, 6
+SPECTRA = {
+    "harmonic": torch.arange(1, M + 1, dtype=FP64) ** -0.5,
+    "geometric": 10.0 ** (-torch.arange(M, dtype=FP64) / 8),
+    "flat": torch.ones(M, dtype=FP64),
+    "low rank": torch.cat((torch.linspace(2, 1, 4, dtype=FP64), torch.zeros(M - 4, dtype=FP64))),
+    "zero": torch.zeros(M, dtype=FP64),
+    "tiny": 1e-20 * 0.7 ** torch.arange(M, dtype=FP64),
+    "plateau": torch.cat((torch.full((3,), 2.0, dtype=FP64), torch.linspace(0.5, 0, M - 3, dtype=FP64))),
+}
+
+
+def made(dtypes, kinds=SPECTRA):
+    pairs = [pair(with_spectrum(M, N, SPECTRA[kind], seed=i), dtypes) for i, kind in enumerate(kinds)]
+    return [p[0] for p in pairs], [p[1] for p in pairs], [p[2] for p in pairs]
+
+
+def run(w0, w1, **options):
+    options = {"rank": RANK, "seeds": range(len(w0)), "ignore_below": [0.0] * len(w0), **options}
+    return batched_triplets(w0, w1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_as_alone(dtype):
+    w0, w1, deltas = made((dtype, dtype))
+    for i, found in enumerate(run(w0, w1)):
+        alone = leading_triplets(w0[i], w1[i], rank=RANK, seed=i)
+        assert (found.changed, found.converged) == (alone.changed, alone.converged)
+        assert found.passes in (alone.passes, max(alone.passes, 3)), "the first look is after three"
+        assert found.frobenius == pytest.approx(alone.frobenius, rel=1e-12)
+        assert found.u.dtype == alone.u.dtype
+        torch.testing.assert_close(found.s, alone.s, rtol=1e-6, atol=0)
+        u, v = found.u.double(), found.v.double()
+        true = torch.linalg.vector_norm(deltas[i].T @ u - found.s * v, dim=0)
+        rounded = 4 * torch.finfo(found.u.dtype).eps * found.frobenius  # u and v are
+        assert (true <= found.residual + rounded).all()
+        for one, other in zip(found.angles[:2], alone.angles[:2], strict=True):
+            assert ((one <= 1e-4) == (other <= 1e-4)).all()
+        u, _, vt = torch.linalg.svd(deltas[i], full_matrices=False)
+        for k, bound in zip(found.angles.dimension.tolist(), found.angles.subspace.tolist(), strict=True):
+            if k and k <= len(found.s):
+                assert sin_theta(u[:, :k], found.u[:, :k]) <= bound * k**0.5 + 1e-13
+                assert sin_theta(vt[:k].T, found.v[:, :k]) <= bound * k**0.5 + 1e-13
+
+
+def test_a_pair_that_needs_more_passes_goes_on_without_the_others(monkeypatch):
+    widths = []
+    original = batched._Batch.step
+    monkeypatch.setattr(batched._Batch, "step", lambda self: widths.append(len(self.members)) or original(self))
+    w0, w1, _ = made((torch.float32, torch.float32), ["geometric", "harmonic", "geometric"])
+    found = run(w0, w1)
+    assert widths[:3] == [3, 3, 3] and widths[3:] and set(widths[3:]) == {1}
+    assert [one.passes for one in found] == [3, len(widths), 3]
+
+
+def test_stops_at_max_passes():
+    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic"])
+    (found,) = run(w0, w1, max_passes=2)
+    assert found.passes == 2 and not found.converged
+
+
+def test_triplets_to_be_ignored_cost_no_pass():
+    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic"])
+    assert run(w0, w1, ignore_below=[10.0])[0].passes < run(w0, w1)[0].passes
+
+
+def test_small_matrices_are_decomposed_directly():
+    w0, w1 = [torch.zeros(20, 30)] * 2, [torch.randn(20, 30), torch.randn(20, 30)]
+    for found, tuned in zip(run(w0, w1), w1, strict=True):
+        torch.testing.assert_close(found.s, torch.linalg.svdvals(tuned.double())[:RANK])
+
+
+def test_nothing():
+    assert run([], []) == []
+
+
+def test_refusals():
+    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic", "flat"])
+    with pytest.raises(InvalidArgumentError, match="one shape"):
+        run([w0[0], w0[1][:, 1:]], [w1[0], w1[1][:, 1:]])
+    w1[1][3, 5] = float("nan")
+    with pytest.raises(NonFiniteError):
+        run(w0, w1)
+
+
+def test_the_host_is_asked_nothing_between_passes(monkeypatch):
+    """Every way from a tensor to the host, counted while blocks are made."""
+    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic", "geometric"])
+    batch = batched._Batch(w0, w1, 16, range(2), "reference")
+
+    def refuse(*args, **options):
+        raise AssertionError("waits for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for _ in range(4):
+        batch.step()
+    monkeypatch.undo()
+    assert batch.q.shape == (2, N, 64)
