@@ -25,6 +25,7 @@ from bkdfast.svd.delta import Settings, warn_unconverged
 from bkdfast.svd.layout import Layout, write_adapter
 from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names
+from bkdfast.svd.norms import sums
 from bkdfast.svd.plan import make_plan
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 from bkdfast.svd.source import WeightSource
@@ -299,12 +300,10 @@ def _norm(name: str, sources: tuple[WeightSource, WeightSource], base_name: str)
         raise CheckpointError(
             f"{name} is {w1.dtype} and differs, so that its delta means nothing; dequantise both models"
         )
-    total = 0.0
-    for before, after in zip(w0.reshape(-1).split(1 << 24), w1.reshape(-1).split(1 << 24), strict=True):
-        total += float((after.double() - before.to(after.device).double()).square().sum())
-    if not math.isfinite(total):
+    squared = sums(w0.to(w1.device), w1, same=False, sketched=False)[1]
+    if not math.isfinite(squared):
         raise NonFiniteError(f"{name} has NaN or infinity on one side; repair it")
-    return math.sqrt(total)
+    return math.sqrt(squared)
 
 
 def _choose(
