@@ -75,7 +75,7 @@ def close(got, expected, scale):
     [
         ("llama", {"rank": 4}),
         ("llama", {"energy": 0.97}),
-        ("llama", {"tol": 0.05, "max_rank": 5}),
+        ("llama", {"tol": 0.05, "max_rank": 10}),
         ("gpt2", {"rank": 4}),
         ("gpt2", {"energy": 0.985}),
     ],
@@ -108,10 +108,10 @@ def test_merged_adapter_is_the_truncated_delta(kind, rule, folders, tmp_path):
         if "energy" in rule:
             assert one.rank == int((shares < rule["energy"]).sum()) + 1
         elif "tol" in rule:
-            assert one.rank == min(5, int((s >= 0.05 * s[0]).sum()))
+            assert one.rank == min(10, int((s >= 0.05 * s[0]).sum()))
         else:
             assert one.rank == 4
-    assert len(ranks) > 1 or "energy" not in rule
+    assert len(ranks) > 1 or "rank" in rule
     tied = {"transformer.wte.weight"} if kind == "gpt2" else set()  # GPT-2's head is its embedding
     assert set(found.lost) == tied
     matrices = {name for name, weight in base.named_parameters() if weight.dim() == 2}
@@ -176,13 +176,13 @@ def test_save_rest_carries_everything(kind, folders, tmp_path):
     model = loaded(base, tmp_path / "adapter")
     for name, weight in merge(model).items():
         wanted = tuned.state_dict()[name].double()
-        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-6)
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, tuned(tokens).logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, tuned(tokens).logits, rtol=0, atol=1e-4)
     again = delta_svd_of(base, tmp_path / "adapter")  # and our own reader understands it
     for name in (name for name, one in found.tensors.items() if one.how == "lora"):
-        assert again[name].frobenius == pytest.approx(found.tensors[name].frobenius, rel=1e-4)
+        assert again[name].frobenius == pytest.approx(found.tensors[name].frobenius, rel=1e-6)
 
 
 def delta_svd_of(base, adapter, **kwargs):
@@ -203,7 +203,7 @@ def test_what_is_lost_is_counted(kind, tmp_path):
     assert lost == {name for name, value in named.items() if value.dim() == 1} | shared
     after = dict(tuned.named_parameters())
     squares = {name: float((after[name] - named[name]).detach().double().square().sum()) for name in named}
-    assert found.share(lost) == pytest.approx(sum(squares[n] for n in lost) / sum(squares.values()), rel=1e-4)
+    assert found.share(lost) == pytest.approx(sum(squares[n] for n in lost) / sum(squares.values()), rel=1e-6)
     assert 0 < found.energy < 1 - found.share(lost) and all(found.tensors[n].note for n in lost)
 
 
