@@ -53,6 +53,27 @@ def test_what_is_written_is_what_the_library_computes(tmp_path, capsys):
     assert "report.html" in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize("rule", [{"energy": 0.8, "max_rank": 12}, {"tol": 0.3}])
+def test_each_tensor_gets_what_the_rule_asks_for(rule, tmp_path, capsys):
+    options = [word for name, value in rule.items() for word in ("--" + name.replace("_", "-"), value)]
+    pattern = "*.self_attn.o_proj.weight"
+    assert svd(tmp_path, *options, "--include", pattern) == 0
+    expected = bf.delta_svd(BASE, TUNED, include=pattern, progress=False, **rule)
+    ranks = {row["name"]: int(row["rank"]) for row in table(tmp_path / "tensors.csv")}
+    assert ranks == {name: delta.rank for name, delta in expected.items()} and len(set(ranks.values())) > 1
+    told = ", ".join(f"{name}={value}" for name, value in ({"max_rank": 128} | rule).items() if name != "max_rank")
+    assert f"{told}, max_rank={rule.get('max_rank', 128)}" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert svd(tmp_path, *options, "--include", pattern, "--dry-run") == 0
+    assert capsys.readouterr().out == f"{bf.delta_plan(BASE, TUNED, include=pattern, **rule)}\n"
+
+
+def test_two_rules_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        svd(tmp_path, "--rank", 3, "--energy", 0.5)
+    assert stop.value.code == 2 and "--energy: not allowed with argument --rank" in capsys.readouterr().err
+
+
 def test_patterns_choose_what_is_compared(tmp_path):
     patterns = ("--include", "*.o_proj.weight", "--include", "*.down_proj.weight", "--exclude", "*.layers.[0-3].*")
     assert svd(tmp_path, "--rank", 2, *patterns) == 0
@@ -84,6 +105,9 @@ def test_gpt2_is_taken_as_it_is_stored(tmp_path):
     ("options", "message"),
     [
         (("--rank", 0), "rank must be at least 1"),
+        (("--energy", -0.5), "energy must be above 0 and at most 1, found -0.5"),
+        (("--tol", 2), "tol must be above 0 and at most 1"),
+        (("--energy", 0.5, "--max-rank", 0), "max_rank must be at least 1"),
         (("--tolerance", -1), "tolerance must be positive"),
         (("--include", "*.nothing.*"), "matches no tensor"),
         (("--exclude", "*"), "nothing to compare"),
@@ -143,6 +167,9 @@ def test_help_teaches(capsys):
     assert stop.value.code == 0 and "bkdfast svd base/ tuned/ --dry-run" in said and "delta_svd.safetensors" in said
     for option in (
         "--rank",
+        "--energy",
+        "--tol",
+        "--max-rank",
         "--include",
         "--exclude",
         "--tolerance",

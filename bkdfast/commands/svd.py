@@ -25,6 +25,8 @@ examples:
     bkdfast svd base/ tuned/ --dry-run
   only what writes to the residual stream, 64 triplets each
     bkdfast svd base/ tuned/ --include "*.o_proj.weight" --include "*.down_proj.weight" --rank 64
+  as many triplets of each tensor as hold 90% of its change, but no more than 64
+    bkdfast svd base/ tuned/ --energy 0.9 --max-rank 64
   without the embeddings, on a GPU
     bkdfast svd base/ tuned/ --exclude "*embed*" --exclude "lm_head*" --device cuda
 
@@ -32,6 +34,11 @@ Patterns are of whole names, as the shell has them (* also crosses dots); put th
 """
 
 AFTER = """\
+How many triplets: --rank gives every tensor the same number; --energy and --tol give each the smallest that does, so
+that the table tells changes of low rank from flat spectra. They try 16, 32, 64, ... triplets until these are enough,
+so that a flat spectrum takes longer than with --rank; --max-rank bounds that, and the memory. A tensor that needs more
+says so in its note. --dry-run says what memory it would all take at the bound.
+
 --out gets report.html (open it in a browser), tensors.csv, overlap.csv, spectra.png, layers.png, overlap.png and
 delta_svd.safetensors (bkdfast.DeltaSVD.load reads it).
 """
@@ -55,8 +62,22 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     what.add_argument("--exclude", action="append", metavar="PATTERN", help="no tensors of such names; may be repeated")
     how = parser.add_argument_group("how")
+    rule = how.add_mutually_exclusive_group()
+    rule.add_argument("--rank", type=int, metavar="K", help="triplets for each tensor (default: 20)")
+    rule.add_argument(
+        "--energy",
+        type=float,
+        metavar="E",
+        help="for each tensor the fewest triplets that hold this share of its ||delta||_F^2, e.g. 0.9",
+    )
+    rule.add_argument(
+        "--tol",
+        type=float,
+        metavar="T",
+        help="for each tensor the triplets with singular values of at least T times its largest, e.g. 0.05",
+    )
     how.add_argument(
-        "--rank", type=int, default=20, metavar="K", help="triplets for each tensor (default: %(default)s)"
+        "--max-rank", type=int, metavar="K", help="most triplets of any tensor (default: 128 with --energy or --tol)"
     )
     how.add_argument(
         "--tolerance",
@@ -89,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     from bkdfast.report import delta_summary, plots, write_delta_report
     from bkdfast.svd.delta import ARTIFACT, delta_plan, delta_svd
 
-    chosen = {"rank": options.rank, "include": options.include, "exclude": options.exclude}
+    chosen = {name: getattr(options, name) for name in ("rank", "energy", "tol", "max_rank", "include", "exclude")}
     if options.dry_run:
         print(delta_plan(options.base, options.tuned, **chosen))
         return 0

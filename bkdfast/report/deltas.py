@@ -280,13 +280,20 @@ def _compared(result: DeltaSVD, found: Sequence[Overlap], model_type: str | None
     made = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     rows = [
         ("Tuned model, base model", f"{facts.get('tuned', '–')}, {facts.get('base', '–')}"),
-        ("Rank, tolerance, seed", ", ".join(str(facts.get(key, "–")) for key in ("rank", "tolerance", "seed"))),
+        ("Triplets of a tensor", _rule(facts)),
+        ("Tolerance, seed", ", ".join(str(facts.get(key, "–")) for key in ("tolerance", "seed"))),
         ("Hashes of tuned and base", ", ".join(facts.get(f"{side}_hash", "–")[:16] for side in ("tuned", "base"))),
         ("Stored as", _stored(result, model_type)),
         ("Side of the residual stream", _sides(found)),
         ("Versions", made or "–"),
     ]
     return "<h2>What was compared</h2>" + table((), rows)
+
+
+def _rule(facts: dict[str, Any]) -> str:
+    """The rule that chose their number, as it was given."""
+    told = [f"{name}={facts[name]}" for name in ("rank", "energy", "tol", "max_rank") if facts.get(name) is not None]
+    return ", ".join(told) or "–"
 
 
 def _stored(result: DeltaSVD, model_type: str | None) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +21,24 @@ from bkdfast.svd.names import combine_digests
 from bkdfast.svd.noise import rounding_edge
 from bkdfast.svd.plan import DeltaPlan, Item, make_plan, memory_limit
 from bkdfast.svd.result import DeltaSVD, TensorDelta
+from bkdfast.svd.rule import Rule
 from bkdfast.svd.stored import factored, from_unit, open_store, refuse_other_inputs, stamp_of, to_unit
 from bkdfast.svd.stream import Stream
 
 ARTIFACT = "delta_svd.safetensors"
+_RANK = 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `delta_svd` and `delta_directions` share: the arguments of `leading_triplets`, checked.
+    """What `delta_svd`, `delta_directions` and `extract_lora` share: the arguments of `leading_triplets`, checked.
 
     Raises:
         InvalidArgumentError: a number is out of its range.
-        InvalidTypeError: `rank`, `max_passes` or `seed` is not an integer.
+        InvalidTypeError: `max_passes` or `seed` is not an integer.
     """
 
-    rank: int = 20
+    rule: Rule = Rule(_RANK)
     tolerance: float = 1e-4
     max_passes: int = 12
     seed: int = 0
@@ -44,12 +46,10 @@ class Settings:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "max_passes", "seed"):
+        for name in ("max_passes", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InvalidTypeError(f"{name} must be an integer, found {value!r}")
-        if self.rank < 1:
-            raise InvalidArgumentError(f"rank must be at least 1, found {self.rank}")
         if self.max_passes < 2:
             raise InvalidArgumentError(
                 f"max_passes must be at least 2, since one pass only sees random vectors; found {self.max_passes}"
@@ -59,31 +59,36 @@ class Settings:
 
     def work(self, item: Item) -> tuple[int, int]:
         """Bytes that the computation of an item takes beside its tensors, at most, and those of its result."""
-        (m, n), width = item.shape, block_width(self.rank)
-        if dense(m, n, self.rank):
-            extra = 6 * 8 * m * n
-        else:
-            extra = 8 * self.max_passes * width * (m + 2 * n) + 64 * n * width
-        k = min(self.rank, m, n)
-        return extra, 4 * k * (m + n + 10)
+        m, n = item.shape
+        ranks = self.rule.ranks(m, n)
+        return max(self._work(m, n, rank) for rank in ranks), 4 * ranks[-1] * (m + n + 10)
+
+    def _work(self, m: int, n: int, rank: int) -> int:
+        if dense(m, n, rank):
+            return 6 * 8 * m * n
+        width = block_width(rank)
+        return 8 * self.max_passes * width * (m + 2 * n) + 64 * n * width
 
     def factor(self, name: str, w0: Tensor, w1: Tensor, note: str = "", *, same: bool = False) -> TensorDelta:
-        """The `TensorDelta` of one pair of weights; `same`: they are the same bit by bit."""
+        """What the rule keeps of the `TensorDelta` of one pair of weights; `same`: they are the same bit by bit."""
         device = self.device if self.device is not None else w1.device
         w0, w1 = w0.to(device), w1.to(device)
-        rank, notes = self.rank, [note] if note else []
-        if rank > min(w0.shape):
-            rank = min(w0.shape)
-            notes.append(f"rank clipped to {rank}, the smaller side")
+        edge, smaller, notes = rounding_edge(w1), min(w0.shape), [note] if note else []
+        if self.rule.rank is not None and self.rule.limit > smaller:
+            notes.append(f"rank clipped to {smaller}, the smaller side")
         try:
-            found = unchanged(w1) if same else self._triplets(name, w0, w1, rank)
+            found, rank = (unchanged(w1), smaller) if same else self._search(name, w0, w1, edge)
         except NonFiniteError:
             sides = [side for side, w in (("base", w0), ("tuned", w1)) if not bool(torch.isfinite(w).all())]
             where = f"the {' and '.join(sides)} weights" if sides else "the difference, which overflows"
             raise NonFiniteError(f"{name} has NaN or infinity in {where}; repair it") from None
-        if 0 < found.s.shape[0] < rank:
-            notes.append(f"numerical rank {found.s.shape[0]}")
-        return TensorDelta(
+        count = len(found.s)
+        kept, capped = self.rule.choose(found.s, found.frobenius, count if count < rank else smaller)
+        if 0 < kept == count < rank:
+            notes.append(f"numerical rank {count}")
+        if capped:
+            notes.append(capped)
+        whole = TensorDelta(
             name=name,
             shape=(w1.shape[0], w1.shape[1]),
             u=found.u,
@@ -97,34 +102,52 @@ class Settings:
             changed=found.changed,
             passes=found.passes,
             converged=found.converged,
-            rounding=rounding_edge(w1),
+            rounding=edge,
             note="; ".join(notes),
         )
+        return self.leading(whole, kept)
 
-    def _triplets(self, name: str, w0: Tensor, w1: Tensor, rank: int) -> Triplets:
-        return leading_triplets(
-            w0,
-            w1,
-            rank=rank,
-            tolerance=self.tolerance,
-            max_passes=self.max_passes,
-            seed=_tensor_seed(self.seed, name),
-            ignore_below=rounding_edge(w1),
-            backend=self.backend,
-        )
+    def leading(self, delta: TensorDelta, k: int) -> TensorDelta:
+        """The first k triplets; they may have converged although weaker ones have not."""
+        kept = delta.leading(k)
+        fine = (kept.residual <= self.tolerance * kept.s) | (kept.s <= kept.rounding)
+        return replace(kept, converged=kept.converged or bool(fine.all()))
+
+    def _search(self, name: str, w0: Tensor, w1: Tensor, edge: float) -> tuple[Triplets, int]:
+        """The triplets with the first rank that meets the rule, and that rank; `passes` are those of all ranks."""
+        passes = 0
+        for rank in self.rule.ranks(*w0.shape):
+            found = leading_triplets(
+                w0,
+                w1,
+                rank=rank,
+                tolerance=self.tolerance,
+                max_passes=self.max_passes,
+                seed=_tensor_seed(self.seed, name),
+                ignore_below=edge,
+                backend=self.backend,
+            )
+            passes += found.passes
+            if len(found.s) < rank or self.rule.needed(found.s, found.frobenius) is not None:
+                break
+        return replace(found, passes=passes), rank
 
 
 def delta_plan(
     base: nn.Module | str | os.PathLike[str],
     tuned: nn.Module | str | os.PathLike[str],
     *,
-    rank: int = 20,
+    rank: int | None = None,
+    energy: float | None = None,
+    tol: float | None = None,
+    max_rank: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     max_passes: int = 12,
 ) -> DeltaPlan:
     """What `delta_svd` would compare and read, and the memory that it takes; reads nothing but headers.
 
+    With `energy` or `tol` the memory is what every weight would take at `max_rank`.
     Arguments, errors and warnings are those of `delta_svd`.
 
     Example:
@@ -133,7 +156,7 @@ def delta_plan(
         >>> len(plan.items), plan.items[0].shape, plan.nbytes
         (6, (128, 256), 786432)
     """
-    settings = Settings(rank, max_passes=max_passes)
+    settings = Settings(Rule.of(rank, energy, tol, max_rank, default=_RANK), max_passes=max_passes)
     return make_plan(*open_pair(base, tuned), include, exclude, work=settings.work)
 
 
@@ -141,7 +164,10 @@ def delta_svd(
     base: nn.Module | str | os.PathLike[str],
     tuned: nn.Module | str | os.PathLike[str],
     *,
-    rank: int = 20,
+    rank: int | None = None,
+    energy: float | None = None,
+    tol: float | None = None,
+    max_rank: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     tolerance: float = 1e-4,
@@ -172,14 +198,21 @@ def delta_svd(
         tuned: the model after it, in any of these forms; sharding and dtype may differ from `base`. Or a LoRA adapter,
             a PEFT folder or a loaded `PeftModel` (its active adapters): the triplets come from its factors, exactly,
             and no base weight is read but those that it replaces as a whole (`modules_to_save`).
-        rank: number of triplets per weight; clipped to the smaller side, with a note.
+        rank: number of triplets per weight; clipped to the smaller side, with a note. 20 if no rule is given.
+        energy: instead of `rank`: for each weight the fewest triplets that hold this share of `||delta||_F^2`, above 0
+            and at most 1. Where the delta's numerical rank is met first, all triplets, with a note.
+        tol: instead of `rank`: for each weight the triplets whose singular value is at least `tol` times its largest,
+            above 0 and at most 1.
+        max_rank: most triplets of any weight; by default 128 with `energy` or `tol`. A weight that needs more gets
+            these, with a note.
         include: shell pattern or patterns (`fnmatch`, case-sensitive, `*` also crosses dots) of names to compare, e.g.
             `"*.mlp.down_proj.weight"`; all if None.
         exclude: patterns of names to leave out, applied after `include`.
         tolerance: stop when `||delta^T u - s v|| <= tolerance * s` for every triplet, or at the rounding floor, and the
             angles of those with a gap behind them are certified to `tolerance`. Triplets below the rounding of the
             tuned weights' format are returned as they are found.
-        max_passes: reads of both matrices at most; what has not converged then is returned with `converged=False`.
+        max_passes: reads of both matrices at most; what has not converged then is returned with `converged=False`. With
+            `energy` or `tol`, for each rank that is tried: 16, 32, 64, ..., until one is enough.
         seed: of the random start block; each tensor's is derived from it and the tensor's name.
         device: where to compute; by default where the tuned tensor is.
         backend: of `delta_sketch`, e.g. `"reference"`.
@@ -196,14 +229,16 @@ def delta_svd(
 
     Raises:
         CheckpointError: a side cannot be read or is quantised, shapes differ, or no name is in both.
-        InvalidArgumentError: an option is out of range, a pattern of `include` matches nothing, the largest pair does
-            not fit into `max_memory`, or `out` has the results of other models or settings.
+        InvalidArgumentError: an option is out of range, more than one of `rank`, `energy` and `tol` is given, a pattern
+            of `include` matches nothing, the largest pair does not fit into `max_memory`, or `out` has the results of
+            other models or settings.
         InvalidTypeError: an argument has the wrong type.
         NonFiniteError: a delta has NaN or infinity; the message names the tensor.
         StoreError: `out` cannot be written, or another run is using it.
 
     Warns:
-        UserWarning: names on one side only; resized vocabularies; tensors that did not reach `tolerance`.
+        UserWarning: names on one side only; resized vocabularies; tensors that did not reach `tolerance`, or that
+            reached `max_rank` before `energy` or `tol`.
 
     Example:
         >>> from bkdfast.demo import PAIR
@@ -211,10 +246,14 @@ def delta_svd(
         >>> delta = deltas["model.layers.4.self_attn.o_proj.weight"]
         >>> delta.u.shape, delta.s.shape, delta.v.shape, round(delta.s[0].item(), 2)
         (torch.Size([128, 4]), torch.Size([4]), torch.Size([256, 4]), 0.87)
+        >>> deltas = delta_svd(PAIR / "base", PAIR / "tuned", energy=0.9, include="*.o_proj.weight", progress=False)
+        >>> [delta.rank for delta in deltas.values()]
+        [17, 14, 13, 12, 8, 6]
 
     Sources: Halko, Martinsson & Tropp 2011; Musco & Musco 2015 (see `bkdfast.svd.krylov`).
     """
-    settings = Settings(rank, tolerance, max_passes, seed, device, backend)
+    rule = Rule.of(rank, energy, tol, max_rank, default=_RANK)
+    settings = Settings(rule, tolerance, max_passes, seed, device, backend)
     limit = memory_limit(max_memory)
     sources = open_pair(base, tuned)
     found = make_plan(*sources, include, exclude, work=settings.work)
@@ -223,7 +262,7 @@ def delta_svd(
     order, done = found.order(), set[int]()
     store = None
     if out is not None:
-        told = {"rank": rank, "tolerance": tolerance, "max_passes": max_passes, "seed": seed, "backend": backend}
+        told = {**rule.settings, "tolerance": tolerance, "max_passes": max_passes, "seed": seed, "backend": backend}
         where = str(device) if device is not None else "as the tuned weights"
         store = open_store(out, found, order, sources, told, where, resume=resume)
         refuse_other_inputs(store, found, order, sources)
@@ -259,12 +298,13 @@ def delta_svd(
             deltas[item.name], digests[item.name] = from_unit(item, tensors)
     deltas = {item.name: deltas[item.name] for item in found.items}
     warn_unconverged(deltas.values(), tolerance)
+    warn_capped(deltas.values(), rule)
     metadata = {
         "base": sources[0].label,
         "tuned": sources[1].label,
         "base_hash": combine_digests(digests[name][0] for name in deltas),
         "tuned_hash": combine_digests(digests[name][1] for name in deltas),
-        "rank": rank,
+        **rule.settings,
         "tolerance": tolerance,
         "max_passes": max_passes,
         "seed": seed,
@@ -290,7 +330,19 @@ def warn_unconverged(deltas: Iterable[TensorDelta], tolerance: float) -> None:
         warnings.warn(
             f"{len(left)} tensors did not reach tolerance={tolerance:g}; the largest relative residual is "
             f"{float((worst.residual / worst.s).max()):.1e}, in {worst.name}. Their weakest triplets lie in a dense "
-            "part of the spectrum: lower rank=, or raise max_passes= or tolerance=",
+            "part of the spectrum: ask for fewer, or raise max_passes= or tolerance=",
+            stacklevel=3,
+        )
+
+
+def warn_capped(deltas: Iterable[TensorDelta], rule: Rule) -> None:
+    """One warning for all tensors of which the rule asks for more triplets than `max_rank`."""
+    short = [delta for delta in deltas if rule.capped(delta)]
+    if short:
+        worst = min(short, key=lambda delta: delta.energy)
+        warnings.warn(
+            f"{len(short)} tensors reached the cap before the rule was met ({rule}); the worst, {worst.name}, keeps "
+            f"{worst.energy:.1%} of its squared norm. Raise max_rank=, or ask for less",
             stacklevel=3,
         )
 

@@ -26,6 +26,7 @@ from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names, weights_hash
 from bkdfast.svd.plan import check_shapes, refuse_quantised
 from bkdfast.svd.result import TensorDelta
+from bkdfast.svd.rule import Rule
 from bkdfast.svd.source import FolderSource, ModuleSource, WeightSource
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def delta_directions(
 
     Source: Watch the Weights, arXiv 2508.00161.
     """
-    settings = Settings(rank, tolerance, max_passes, seed, device, backend)
+    settings = Settings(Rule(rank), tolerance, max_passes, seed, device, backend)
     components = _check_components(components)
     base_source, tuned_source = open_pair(base, tuned)
     refuse_quantised(base_source, tuned_source)

@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError, optional
-from bkdfast.svd.delta import Settings, warn_unconverged
+from bkdfast.svd.delta import Settings, warn_capped, warn_unconverged
 from bkdfast.svd.layout import Layout, write_adapter
 from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names
+from bkdfast.svd.norms import sums
 from bkdfast.svd.plan import make_plan
 from bkdfast.svd.result import DeltaSVD, TensorDelta
+from bkdfast.svd.rule import Rule
 from bkdfast.svd.source import WeightSource
 
 if TYPE_CHECKING:
     import pandas
 
-_FIRST = 16
-_MAX_RANK = 128
+_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -108,52 +109,6 @@ class Extraction:
         return pd.DataFrame(rows, columns=list(Extracted.__dataclass_fields__)).set_index("name")
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How many triplets of a delta are kept: a number, or the fewest that meet `energy` or `tol`, up to `max_rank`.
-
-    Raises:
-        InvalidArgumentError: a number is out of its range, or two rules are given.
-        InvalidTypeError: a rank is not an integer.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    tol: float | None = None
-    max_rank: int | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("rank", "energy", "tol") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise InvalidArgumentError(f"give one of rank, energy and tol, found {' and '.join(given) or 'none'}")
-        for name in ("rank", "max_rank"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InvalidTypeError(f"{name} must be an integer, found {value!r}")
-            if value is not None and value < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1, found {value}")
-        for name in ("energy", "tol"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise InvalidArgumentError(f"{name} must be above 0 and at most 1, found {value}")
-
-    @property
-    def limit(self) -> int:
-        """The most triplets."""
-        return min(x for x in (self.rank or _MAX_RANK if self.max_rank is None else self.max_rank, self.rank) if x)
-
-    def count(self, delta: TensorDelta) -> tuple[int, bool]:
-        """How many of a delta's triplets to keep, and whether no further one is needed to meet the rule."""
-        s = delta.s
-        if self.energy is not None:
-            reached = s.square().cumsum(0) >= self.energy * (1 - 1e-12) * delta.frobenius**2
-            return (int(reached.int().argmax()) + 1, True) if bool(reached.any()) else (len(s), False)
-        if self.tol is not None:
-            kept = int((s >= self.tol * s[0]).sum()) if len(s) else 0
-            return kept, kept < len(s)
-        return min(len(s), self.limit), len(s) >= self.limit
-
-
 def extract_lora(
     base: nn.Module | str | os.PathLike[str],
     tuned: nn.Module | str | os.PathLike[str],
@@ -187,13 +142,16 @@ def extract_lora(
         tuned: the model after it, in either form, or a LoRA adapter (which is then compressed to a lower rank).
         out: folder to create; it must not exist, or be empty.
         rank: of every LoRA, less where a delta's numerical rank is; 16 if no rule is given.
-        energy: instead of `rank`: for each weight the smallest rank that carries this share of `||delta||_F^2`, 0 to 1.
-        tol: instead of `rank`: for each weight the singular values that are at least `tol` times its largest, 0 to 1.
-        max_rank: of any LoRA, where `energy` or `tol` would have more; by default 128.
+        energy: instead of `rank`: for each weight the smallest rank that carries this share of `||delta||_F^2`, above 0
+            and at most 1.
+        tol: instead of `rank`: for each weight the singular values that are at least `tol` times its largest, above 0
+            and at most 1.
+        max_rank: of any LoRA; by default 128 with `energy` or `tol`.
         include: patterns of names (as in `delta_svd`); a changed weight outside is neither in the adapter nor listed.
         exclude: patterns of names to leave out, applied after `include`.
         save_rest: save what a LoRA cannot carry whole (`modules_to_save`, biases by `bias="all"`).
-        deltas: a `DeltaSVD` of the same two models, whose triplets are used as far as they go.
+        deltas: a `DeltaSVD` of the same two models; weights of which it has enough triplets for the rule, or of which
+            it was made by the same rule, are not computed again.
         dtype: of the adapter; by default each weight's in the tuned model.
         tolerance: as in `delta_svd`.
         max_passes: as in `delta_svd`.
@@ -222,13 +180,11 @@ def extract_lora(
 
     Sources: Hu et al. 2021 (arXiv 2106.09685); Eckart & Young 1936.
     """
-    if rank is None and energy is None and tol is None:
-        rank = 16
-    rule = Rule(rank, energy, tol, max_rank)
+    rule = Rule.of(rank, energy, tol, max_rank, default=_RANK)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InvalidTypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
     path = _free(out)
-    settings = Settings(min(rule.limit, _FIRST), tolerance, max_passes, seed, device, backend)
+    settings = Settings(rule, tolerance, max_passes, seed, device, backend)
     sources = open_pair(base, tuned)
     layout = Layout.of(*sources)
     plan = make_plan(*sources, include, exclude)
@@ -249,15 +205,15 @@ def extract_lora(
                 found[name] = Extracted(name, "lost", shape, 0, norm, 0.0, reason)
             unchanged += norm == 0
             continue
-        delta, kept, note = _choose(name, matched[name], sources, settings, rule, deltas)
-        if kept == 0:
+        delta = _factor(name, matched[name], sources, settings, deltas)
+        if delta.rank == 0:
             unchanged += 1
             continue
         computed.append(delta)
-        captured = min(1.0, float(delta.s[:kept].square().sum()) / delta.frobenius**2)
-        found[name] = Extracted(name, "lora", delta.shape, kept, delta.frobenius, captured, note)
-        half = delta.s[:kept].sqrt()
-        left, right = delta.u[:, :kept].double() * half, delta.v[:, :kept].double() * half  # [m, k], [n, k]
+        captured, note = min(1.0, delta.energy), rule.cap_note if rule.capped(delta) else ""
+        found[name] = Extracted(name, "lora", delta.shape, delta.rank, delta.frobenius, captured, note)
+        half = delta.s.sqrt()
+        left, right = delta.u.double() * half, delta.v.double() * half  # [m, k], [n, k]
         b, a = (right, left.T) if layout.transposed(name) else (left, right.T)
         stored = dtype or sources[1].dtype(name) or torch.float32
         factors[name] = a.to(stored).contiguous(), b.to(stored).contiguous()
@@ -265,13 +221,14 @@ def extract_lora(
         what = "differ only in what a LoRA cannot carry: " + ", ".join(list(found)[:3]) if found else "are identical"
         raise InvalidArgumentError(f"base and tuned {what}; there is nothing to extract, and {path} was not written")
     warn_unconverged(computed, tolerance)
+    warn_capped(computed, rule)
     whole = layout.saved(list(found), set(factors), sources[1]) if save_rest else {}
     for name, one in found.items():
         if one.how == "lost" and name in whole and name not in plan.resized:
             found[name] = replace(one, how="saved", energy=1.0)
     write_adapter(path, layout, factors, whole, sources, dtype)
     result = Extraction(path, found, unchanged)
-    _warn(result, rule, save_rest)
+    _warn_lost(result, save_rest)
     return result
 
 
@@ -299,65 +256,40 @@ def _norm(name: str, sources: tuple[WeightSource, WeightSource], base_name: str)
         raise CheckpointError(
             f"{name} is {w1.dtype} and differs, so that its delta means nothing; dequantise both models"
         )
-    total = 0.0
-    for before, after in zip(w0.reshape(-1).split(1 << 24), w1.reshape(-1).split(1 << 24), strict=True):
-        total += float((after.double() - before.to(after.device).double()).square().sum())
-    if not math.isfinite(total):
+    squared = sums(w0.to(w1.device), w1, same=False, sketched=False)[1]
+    if not math.isfinite(squared):
         raise NonFiniteError(f"{name} has NaN or infinity on one side; repair it")
-    return math.sqrt(total)
+    return math.sqrt(squared)
 
 
-def _choose(
+def _factor(
     name: str,
     base_name: str,
     sources: tuple[WeightSource, WeightSource],
     settings: Settings,
-    rule: Rule,
     deltas: DeltaSVD | None,
-) -> tuple[TensorDelta, int, str]:
-    """Triplets of one weight, how many of them to keep, and what there is to say: the rank doubles until it is met."""
-    m, n = sources[1].shape(name)
-    limit = min(rule.limit, m, n)
+) -> TensorDelta:
+    """The triplets of one weight that the rule keeps, from `deltas` as far as they go."""
     if deltas is not None and name in deltas:
-        delta = deltas[name]
-        if delta.shape != (m, n):
-            raise CheckpointError(f"{name} is {delta.shape} in deltas= and {(m, n)} in the models; are they others?")
-        kept, met = rule.count(delta)
-        if delta.unchanged or met or kept >= limit:
-            full = rule.rank is not None or limit == min(m, n) or (met and kept <= limit)
-            return delta, min(kept, limit), "" if full else f"max_rank {limit} reached"
-    wanted = min(settings.rank, limit)
-    if rule.rank is not None:
-        wanted = limit
-    while True:
-        now = replace(settings, rank=wanted)
-        found = None
-        if isinstance(sources[1], AdapterSource):
-            found = sources[1].factor(name, base_name, now)
-        if found is None:
-            found = now.factor(name, sources[0].get(base_name), sources[1].get(name))
-        kept, met = rule.count(found)
-        if met or found.rank < wanted:  # all there is
-            return found, kept, ""
-        if wanted == limit:
-            return found, kept, "" if rule.rank is not None or limit == min(m, n) else f"max_rank {limit} reached"
-        wanted = min(2 * wanted, limit)
+        given, rule, (m, n) = deltas[name], settings.rule, sources[1].shape(name)
+        if given.shape != (m, n):
+            raise CheckpointError(f"{name} is {given.shape} in deltas= and {(m, n)} in the models; are they others?")
+        limited = given.rank >= min(rule.limit, m, n)
+        same = rule.settings.items() <= deltas.metadata.items()
+        if given.unchanged or limited or same or rule.needed(given.s, given.frobenius) is not None:
+            kept, capped = rule.choose(given.s, given.frobenius, min(m, n) if limited else given.rank)
+            return settings.leading(replace(given, note=capped), kept)
+    if isinstance(sources[1], AdapterSource) and (exact := sources[1].factor(name, base_name, settings)) is not None:
+        return exact
+    return settings.factor(name, sources[0].get(base_name), sources[1].get(name))
 
 
-def _warn(result: Extraction, rule: Rule, save_rest: bool) -> None:
+def _warn_lost(result: Extraction, save_rest: bool) -> None:
     if lost := result.lost:
         reasons = sorted({result.tensors[name].note for name in lost})
         hint = "" if save_rest else "; save_rest=True saves what PEFT can save whole"
         warnings.warn(
             f"{len(lost)} changed tensors, {result.share(lost):.2%} of the squared norm of all deltas, are not in the "
             f"adapter ({', '.join(reasons)}): {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}{hint}",
-            stacklevel=3,
-        )
-    short = [one for one in result.tensors.values() if "max_rank" in one.note]
-    if short:
-        worst = min(short, key=lambda one: one.energy)
-        warnings.warn(
-            f"{len(short)} weights need more than max_rank={rule.limit}; the worst, {worst.name}, keeps "
-            f"{worst.energy:.1%} of its squared norm",
             stacklevel=3,
         )

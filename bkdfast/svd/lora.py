@@ -21,6 +21,7 @@ from bkdfast.svd.krylov import FLOOR, finish, known_limits
 from bkdfast.svd.names import match_names, tensor_digest
 from bkdfast.svd.numerics import threads
 from bkdfast.svd.result import TensorDelta
+from bkdfast.svd.rule import Rule
 from bkdfast.svd.source import ModuleSource, WeightSource, open_source
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ class AdapterSource:
         Args:
             name: the weight, a name of the base.
             base_name: its name in the base.
-            settings: `rank` counts; the rest has no use here.
+            settings: the rule counts; the rest has no use here.
             transpose: decompose the transposed weight.
 
         Raises:
@@ -274,7 +275,7 @@ class AdapterSource:
                 notes.append(f"the LoRAs of {' and '.join(modules)}, which share this weight, added as by merging")
             elif self._is_shared(name) and len({part.module for part, _ in self._parts[self.base.canonical(name)]}) < 2:
                 notes.append(f"of {next(iter(modules))} only; once merged it changes all that share this weight")
-        return factor_product(name, product, settings.rank, dtype, notes)
+        return factor_product(name, product, settings.rule, dtype, notes)
 
 
 def _product(part: Part, transposed: bool) -> LowRank:
@@ -283,14 +284,14 @@ def _product(part: Part, transposed: bool) -> LowRank:
 
 
 def factor_product(
-    name: str, product: LowRank, rank: int, dtype: torch.dtype = torch.float32, notes: list[str] | None = None
+    name: str, product: LowRank, rule: Rule, dtype: torch.dtype = torch.float32, notes: list[str] | None = None
 ) -> TensorDelta:
     """Leading singular triplets of `left @ right`, exact but for float64 rounding, without forming the product.
 
     Args:
         name: of the weight.
         product: `[m, r]` and `[r, n]`.
-        rank: number of triplets; clipped to the product's numerical rank, with a note.
+        rule: how many triplets; a fixed rank is clipped to the product's numerical rank, with a note.
         dtype: of u and v.
         notes: what the result's note begins with.
 
@@ -315,9 +316,11 @@ def factor_product(
         floor = 8 * torch.finfo(torch.float64).eps * norms
         real = int((s > floor).sum())
         frobenius = float(torch.linalg.vector_norm(s)) if real else 0.0
-        k = min(rank, real)
-        if rank > real > 0:
+        k, capped = rule.choose(s[:real], frobenius, real)
+        if rule.rank is not None and rule.limit > real > 0:
             notes.append(f"rank clipped to {real}, that of the LoRA")
+        if capped:
+            notes.append(capped)
         u, v = q1 @ u[:, :k], q2 @ vt[:k].T
         residual = torch.linalg.vector_norm(right.T @ (left.T @ u) - s[:k] * v, dim=0)
     rows, columns = int((left != 0).any(1).sum()), int((right != 0).any(0).sum())

@@ -190,7 +190,7 @@ def _norm(item: Item, pair: Pair, device: str | torch.device | None, backend: st
     notes = [item.note] if item.note else []
     with torch.no_grad():
         sketched = w0.dtype in FLOATS and w1.dtype in FLOATS and w0.numel() > 0 and not pair.same
-        base, squared, largest, changed = _sums(w0, w1, same=pair.same, sketched=sketched)
+        base, squared, largest, changed = sums(w0, w1, same=pair.same, sketched=sketched)
         if sketched:
             rows = w0.shape[0] if w0.dim() > 1 else 1
             a, b = w0.reshape(rows, -1), w1.reshape(rows, -1)
@@ -204,7 +204,7 @@ def _norm(item: Item, pair: Pair, device: str | torch.device | None, backend: st
     return TensorNorm(item.name, item.shape, dtype, *norms, largest, changed, "; ".join(notes))
 
 
-def _sums(w0: Tensor, w1: Tensor, *, same: bool, sketched: bool) -> tuple[float, float, float, int]:
+def sums(w0: Tensor, w1: Tensor, *, same: bool, sketched: bool) -> tuple[float, float, float, int]:
     """Squared norms of base and delta, largest |delta| and number of changes, a chunk of elements at a time.
 
     Where the tensors are the `same`, only the first; where they are `sketched`, not the second and the last.

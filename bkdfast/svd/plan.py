@@ -113,7 +113,7 @@ class DeltaPlan:
             f"max_memory={show_bytes(limit)} is not enough for {item.name} {list(item.shape)}: its two tensors take "
             f"{show_bytes(item.size)}, computing on them {show_bytes(extra)}, all results {show_bytes(self.held)}; "
             f"{fitting} of {len(self.items)} tensors fit. Pass max_memory='{math.ceil(self.least_memory / 1e6)}MB' or "
-            "more, a lower rank=, or exclude= the largest"
+            "more, a lower rank= or max_rank=, or exclude= the largest"
         )
 
     def __str__(self) -> str:

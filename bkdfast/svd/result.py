@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,13 +42,14 @@ class TensorDelta:
         subspace: for each triplet `[k]`, float64, a bound on the sine of the angles between its vectors and the spans
             of the leading `dimension` true vectors; 1 where no gap behind it is certain.
         dimension: `[k]` int64, at least i + 1 for triplet i; 0 where `subspace` is 1. The bounds hold but for a
-            probability of 1e-6, whatever was missed (`bkdfast.svd.certificate`).
-        passes: how often both matrices were read by the iteration; 0 where they are the same byte for byte, and for a
-            LoRA, whose factors are decomposed.
+            probability of 1e-6 for each rank that was tried, whatever was missed (`bkdfast.svd.certificate`).
+        passes: how often both matrices were read by the iteration, with all ranks that were tried; 0 where they are the
+            same byte for byte, and for a LoRA, whose factors are decomposed.
         converged: every residual is below `tolerance * s`, or as small as rounding allows, but for
             those `below_rounding`.
         rounding: about the largest singular value that rounding to the tuned weights' format gives a delta by itself.
-        note: what a reader should know (clipped rank, lower numerical rank, names that differ), or "".
+        note: what a reader should know (clipped rank, lower numerical rank, `max_rank` reached, names that differ), or
+            "".
     """
 
     name: str
@@ -69,7 +70,7 @@ class TensorDelta:
 
     @property
     def rank(self) -> int:
-        """Number of triplets k: what was asked for, or the delta's numerical rank where that is lower."""
+        """Number of triplets k: what the rule asks for, or the delta's numerical rank where that is lower."""
         return self.s.shape[0]
 
     @property
@@ -86,6 +87,11 @@ class TensorDelta:
     def energy(self) -> float:
         """Share of the delta's squared Frobenius norm in these triplets, 0 to 1; 0 for a zero delta."""
         return float(self.s.square().sum()) / self.frobenius**2 if self.frobenius > 0 else 0.0
+
+    def leading(self, k: int) -> TensorDelta:
+        """The same with the first k triplets only."""
+        parts: dict[str, Any] = {part: getattr(self, part)[..., :k].contiguous() for part in PARTS}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from bkdfast import cli
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError
 from bkdfast.svd import delta_svd, extract_lora
-from bkdfast.svd.extract import Rule
 from bkdfast.svd.layout import Layout
 from bkdfast.svd.source import ModuleSource
 from tests.svd.matrices import gpt2, llama
@@ -75,7 +74,7 @@ def close(got, expected, scale):
     [
         ("llama", {"rank": 4}),
         ("llama", {"energy": 0.97}),
-        ("llama", {"tol": 0.05, "max_rank": 5}),
+        ("llama", {"tol": 0.05, "max_rank": 10}),
         ("gpt2", {"rank": 4}),
         ("gpt2", {"energy": 0.985}),
     ],
@@ -108,10 +107,10 @@ def test_merged_adapter_is_the_truncated_delta(kind, rule, folders, tmp_path):
         if "energy" in rule:
             assert one.rank == int((shares < rule["energy"]).sum()) + 1
         elif "tol" in rule:
-            assert one.rank == min(5, int((s >= 0.05 * s[0]).sum()))
+            assert one.rank == min(10, int((s >= 0.05 * s[0]).sum()))
         else:
             assert one.rank == 4
-    assert len(ranks) > 1 or "energy" not in rule
+    assert len(ranks) > 1 or "rank" in rule
     tied = {"transformer.wte.weight"} if kind == "gpt2" else set()  # GPT-2's head is its embedding
     assert set(found.lost) == tied
     matrices = {name for name, weight in base.named_parameters() if weight.dim() == 2}
@@ -176,13 +175,13 @@ def test_save_rest_carries_everything(kind, folders, tmp_path):
     model = loaded(base, tmp_path / "adapter")
     for name, weight in merge(model).items():
         wanted = tuned.state_dict()[name].double()
-        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-6)
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, tuned(tokens).logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, tuned(tokens).logits, rtol=0, atol=1e-4)
     again = delta_svd_of(base, tmp_path / "adapter")  # and our own reader understands it
     for name in (name for name, one in found.tensors.items() if one.how == "lora"):
-        assert again[name].frobenius == pytest.approx(found.tensors[name].frobenius, rel=1e-4)
+        assert again[name].frobenius == pytest.approx(found.tensors[name].frobenius, rel=1e-6)
 
 
 def delta_svd_of(base, adapter, **kwargs):
@@ -203,7 +202,7 @@ def test_what_is_lost_is_counted(kind, tmp_path):
     assert lost == {name for name, value in named.items() if value.dim() == 1} | shared
     after = dict(tuned.named_parameters())
     squares = {name: float((after[name] - named[name]).detach().double().square().sum()) for name in named}
-    assert found.share(lost) == pytest.approx(sum(squares[n] for n in lost) / sum(squares.values()), rel=1e-4)
+    assert found.share(lost) == pytest.approx(sum(squares[n] for n in lost) / sum(squares.values()), rel=1e-6)
     assert 0 < found.energy < 1 - found.share(lost) and all(found.tensors[n].note for n in lost)
 
 
@@ -211,6 +210,9 @@ def test_computed_deltas_are_used(tmp_path, monkeypatch):
     base = llama()
     tuned = noisy(base)
     deltas = delta_svd_of(base, tuned, rank=20)
+    by_tol = delta_svd_of(base, tuned, rank=None, tol=0.05)
+    capped = delta_svd_of(base, tuned, rank=None, energy=0.9999, max_rank=4)
+    assert all("max_rank 4 reached" in delta.note for delta in capped.values())
     expected = extract(base, tuned, tmp_path / "a", rank=4)
     from bkdfast.svd import extract as module
 
@@ -220,9 +222,16 @@ def test_computed_deltas_are_used(tmp_path, monkeypatch):
     a, b = (load_file(tmp_path / side / "adapter_model.safetensors") for side in "ab")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+    got = extract(base, tuned, tmp_path / "tol", tol=0.05, deltas=by_tol)
+    assert {n: o.rank for n, o in got.tensors.items()} == {n: d.rank for n, d in by_tol.items()}
+    for energy, expected in ((0.3, ""), (0.999, "max_rank 4 reached")):
+        got = extract(base, tuned, tmp_path / f"of {energy}", energy=energy, max_rank=4, deltas=capped)
+        assert {one.note for one in got.tensors.values()} == {expected}
     monkeypatch.undo()
     more = extract(base, tuned, tmp_path / "c", rank=22, deltas=deltas)
     assert more.tensors[O_PROJ].rank == 22
+    finer = extract(base, tuned, tmp_path / "finer", tol=0.01, deltas=by_tol)
+    assert finer.tensors[O_PROJ].rank > by_tol[O_PROJ].rank
     with pytest.raises(CheckpointError, match="in deltas= and"):
         extract(llama(hidden_size=32), llama(hidden_size=32, seed=1), tmp_path / "d", deltas=deltas)
 
@@ -237,7 +246,7 @@ def test_large_matrices_double_their_rank(tmp_path):
     delta = (tuned[0].weight - base[0].weight).detach().double()
     shares = torch.linalg.svdvals(delta).square().cumsum(0) / delta.square().sum()
     assert found.tensors["0.weight"].rank == int((shares < 0.999).sum()) + 1 > 32
-    with pytest.warns(UserWarning, match="need more than max_rank=24"):
+    with pytest.warns(UserWarning, match=r"reached the cap before.*\(energy=0.999, max_rank=24\)"):
         short = extract_lora(base, tuned, tmp_path / "b", energy=0.999, max_rank=24, progress=False)
     assert short.tensors["0.weight"].rank == 24 and "max_rank" in short.tensors["0.weight"].note
     merged = merge(loaded(base, tmp_path / "a"))["0.weight"] - base[0].weight.double()
@@ -367,11 +376,6 @@ def test_bad_options(rule, error, message, tmp_path):
     with pytest.raises(error, match=message):
         extract(base, base, tmp_path / "a", **rule)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rule_limits():
-    assert (Rule(rank=3).limit, Rule(rank=8, max_rank=4).limit, Rule(energy=0.5).limit) == (3, 4, 128)
-    assert Rule(tol=0.5, max_rank=300).limit == 300
 
 
 def test_nan_and_folders_without_config(tmp_path):

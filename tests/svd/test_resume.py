@@ -149,6 +149,7 @@ def test_the_largest_tensors_come_first(folder, monkeypatch):
     ("changes", "message"),
     [
         (dict(rank=5), "other settings: settings.rank was 4 and is 5 now"),
+        (dict(rank=None, energy=0.9), "other settings: settings.rank was 4 and is null now"),
         (dict(seed=1), "other settings: settings.seed was 0 and is 1 now"),
         (dict(tolerance=1e-3), "other settings: settings.tolerance was 0.0001 and is 0.001 now"),
         (dict(include="*.mlp.*"), "another base model: base.tensors was 16 and is 6 now"),
@@ -160,6 +161,23 @@ def test_a_folder_of_other_settings_is_refused(folder, changes, message):
         run(folder, out=folder / "out", **changes)
     assert message in str(caught.value)
     assert same(run(folder, out=folder / "out"), first)
+
+
+def test_a_rule_is_a_setting_too(folder, monkeypatch):
+    first = run(folder, out=folder / "out", rank=None, energy=0.8)
+    assert len({delta.rank for delta in first.values()}) > 1
+    told = {"rank": None, "energy": 0.8, "tol": None, "max_rank": 128}
+    assert told.items() <= DeltaSVD.load(folder / "out" / "delta_svd.safetensors").metadata.items()
+    monkeypatch.setattr(Settings, "factor", lambda *_, **__: pytest.fail("everything is there"))
+    for rule in ({}, {"max_rank": 128}):
+        assert same(run(folder, out=folder / "out", rank=None, energy=0.8, **rule), first)
+    for rule, message in (
+        ({"energy": 0.5}, "settings.energy was 0.8 and is 0.5 now"),
+        ({"tol": 0.5}, "settings.energy was 0.8 and is null now"),
+        ({"energy": 0.8, "max_rank": 100}, "settings.max_rank was 128 and is 100 now"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            run(folder, out=folder / "out", rank=None, **rule)
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
