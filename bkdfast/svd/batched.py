@@ -50,7 +50,7 @@ def batched_triplets(
     ignore_below: Sequence[float],
     backend: str | None = None,
 ) -> list[Triplets]:
-    """The `rank` leading singular triplets of each `w1[i] - w0[i]`, as `leading_triplets` gives them.
+    """The `rank` leading singular triplets of each `w1[i] - w0[i]`, as `leading_triplets` gives them; its own for one.
 
     Args:
         w0: B base weights `[m, n]`, on one device.
@@ -88,7 +88,7 @@ def batched_triplets(
         )
 
     m, n = w0[0].shape
-    if dense(m, n, rank):
+    if len(w0) == 1 or dense(m, n, rank):
         return [alone(i) for i in range(len(w0))]
     found: dict[int, Triplets] = {}
     with full_precision(), threads(1), torch.no_grad():

@@ -2,135 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from bkdfast.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, StoreError
+from bkdfast.errors import StoreError
 from bkdfast.jobs import units
 from bkdfast.svd.artifact import versions
-from bkdfast.svd.krylov import Triplets, block_width, dense, leading_triplets, unchanged
 from bkdfast.svd.lora import open_pair
 from bkdfast.svd.names import combine_digests
-from bkdfast.svd.noise import rounding_edge
 from bkdfast.svd.plan import DeltaPlan, Item, make_plan, memory_limit
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 from bkdfast.svd.rule import Rule
+from bkdfast.svd.settings import RANK, Settings, Weights
+from bkdfast.svd.source import ModuleSource, WeightSource
 from bkdfast.svd.stored import factored, from_unit, open_store, refuse_other_inputs, stamp_of, to_unit
 from bkdfast.svd.stream import Stream
 
 ARTIFACT = "delta_svd.safetensors"
-_RANK = 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `delta_svd`, `delta_directions` and `extract_lora` share: the arguments of `leading_triplets`, checked.
-
-    Raises:
-        InvalidArgumentError: a number is out of its range.
-        InvalidTypeError: `max_passes` or `seed` is not an integer.
-    """
-
-    rule: Rule = Rule(_RANK)
-    tolerance: float = 1e-4
-    max_passes: int = 12
-    seed: int = 0
-    device: str | torch.device | None = None
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_passes", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InvalidTypeError(f"{name} must be an integer, found {value!r}")
-        if self.max_passes < 2:
-            raise InvalidArgumentError(
-                f"max_passes must be at least 2, since one pass only sees random vectors; found {self.max_passes}"
-            )
-        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
-            raise InvalidArgumentError(f"tolerance must be positive and finite, found {self.tolerance}")
-
-    def work(self, item: Item) -> tuple[int, int]:
-        """Bytes that the computation of an item takes beside its tensors, at most, and those of its result."""
-        m, n = item.shape
-        ranks = self.rule.ranks(m, n)
-        return max(self._work(m, n, rank) for rank in ranks), 4 * ranks[-1] * (m + n + 10)
-
-    def _work(self, m: int, n: int, rank: int) -> int:
-        if dense(m, n, rank):
-            return 6 * 8 * m * n
-        width = block_width(rank)
-        return 8 * self.max_passes * width * (m + 2 * n) + 64 * n * width
-
-    def factor(self, name: str, w0: Tensor, w1: Tensor, note: str = "", *, same: bool = False) -> TensorDelta:
-        """What the rule keeps of the `TensorDelta` of one pair of weights; `same`: they are the same bit by bit."""
-        device = self.device if self.device is not None else w1.device
-        w0, w1 = w0.to(device), w1.to(device)
-        edge, smaller, notes = rounding_edge(w1), min(w0.shape), [note] if note else []
-        if self.rule.rank is not None and self.rule.limit > smaller:
-            notes.append(f"rank clipped to {smaller}, the smaller side")
-        try:
-            found, rank = (unchanged(w1), smaller) if same else self._search(name, w0, w1, edge)
-        except NonFiniteError:
-            sides = [side for side, w in (("base", w0), ("tuned", w1)) if not bool(torch.isfinite(w).all())]
-            where = f"the {' and '.join(sides)} weights" if sides else "the difference, which overflows"
-            raise NonFiniteError(f"{name} has NaN or infinity in {where}; repair it") from None
-        count = len(found.s)
-        kept, capped = self.rule.choose(found.s, found.frobenius, count if count < rank else smaller)
-        if 0 < kept == count < rank:
-            notes.append(f"numerical rank {count}")
-        if capped:
-            notes.append(capped)
-        whole = TensorDelta(
-            name=name,
-            shape=(w1.shape[0], w1.shape[1]),
-            u=found.u,
-            s=found.s,
-            v=found.v,
-            residual=found.residual,
-            angle=found.angles.vector,
-            subspace=found.angles.subspace,
-            dimension=found.angles.dimension,
-            frobenius=found.frobenius,
-            changed=found.changed,
-            passes=found.passes,
-            converged=found.converged,
-            rounding=edge,
-            note="; ".join(notes),
-        )
-        return self.leading(whole, kept)
-
-    def leading(self, delta: TensorDelta, k: int) -> TensorDelta:
-        """The first k triplets; they may have converged although weaker ones have not."""
-        kept = delta.leading(k)
-        fine = (kept.residual <= self.tolerance * kept.s) | (kept.s <= kept.rounding)
-        return replace(kept, converged=kept.converged or bool(fine.all()))
-
-    def _search(self, name: str, w0: Tensor, w1: Tensor, edge: float) -> tuple[Triplets, int]:
-        """The triplets with the first rank that meets the rule, and that rank; `passes` are those of all ranks."""
-        passes = 0
-        for rank in self.rule.ranks(*w0.shape):
-            found = leading_triplets(
-                w0,
-                w1,
-                rank=rank,
-                tolerance=self.tolerance,
-                max_passes=self.max_passes,
-                seed=_tensor_seed(self.seed, name),
-                ignore_below=edge,
-                backend=self.backend,
-            )
-            passes += found.passes
-            if len(found.s) < rank or self.rule.needed(found.s, found.frobenius) is not None:
-                break
-        return replace(found, passes=passes), rank
+_BATCH = 16  # pairs on a GPU that are computed together
 
 
 def delta_plan(
@@ -156,7 +49,7 @@ def delta_plan(
         >>> len(plan.items), plan.items[0].shape, plan.nbytes
         (6, (128, 256), 786432)
     """
-    settings = Settings(Rule.of(rank, energy, tol, max_rank, default=_RANK), max_passes=max_passes)
+    settings = Settings(Rule.of(rank, energy, tol, max_rank, default=RANK), max_passes=max_passes)
     return make_plan(*open_pair(base, tuned), include, exclude, work=settings.work)
 
 
@@ -190,7 +83,7 @@ def delta_svd(
 
     Checkpoints are read pair by pair, the largest first; a thread reads the next pair while one is computed. Under
     `torchrun` (with `out`) the processes share the tensors, and each returns the whole result, bit for bit that of one
-    process.
+    process. Of two models in one GPU's memory, weights of one shape are computed together (`bkdfast.svd.batched`).
 
     Args:
         base: the model before fine-tuning: an `nn.Module`, a local folder of safetensors files, or the hub id of a
@@ -252,7 +145,7 @@ def delta_svd(
 
     Sources: Halko, Martinsson & Tropp 2011; Musco & Musco 2015 (see `bkdfast.svd.krylov`).
     """
-    rule = Rule.of(rank, energy, tol, max_rank, default=_RANK)
+    rule = Rule.of(rank, energy, tol, max_rank, default=RANK)
     settings = Settings(rule, tolerance, max_passes, seed, device, backend)
     limit = memory_limit(max_memory)
     sources = open_pair(base, tuned)
@@ -271,6 +164,10 @@ def delta_svd(
     # Of several processes none knows which unit it draws next; they read while others compute.
     read = [unit for unit in range(len(order)) if unit not in done and not factored(found.items[order[unit]], sources)]
     left = [] if units.place()[1] > 1 else [order[unit] for unit in read]
+    together = _batches(
+        [found.items[position] for position in order], sources, None if device is None else torch.device(device)
+    )
+    ready: dict[int, dict[str, Tensor]] = {}
     deltas: dict[str, TensorDelta] = {}
     digests: dict[str, tuple[bytes, bytes]] = {}
     with Stream(*sources, found, left, limit=limit) as stream:
@@ -280,9 +177,12 @@ def delta_svd(
             adapter = factored(item, sources)
             if adapter is not None and (exact := adapter.factor(item.tuned, item.base, settings)) is not None:
                 return to_unit(exact, adapter.digests(item.tuned), "")
-            pair = stream.take(order[unit])
-            delta = settings.factor(item.name, pair.w0, pair.w1, item.note, same=pair.same)
-            return to_unit(delta, pair.digests, stamp_of(item, sources))
+            if unit not in ready:
+                pairs = {u: (found.items[order[u]], stream.take(order[u])) for u in together.get(unit, (unit,))}
+                made = settings.factor_all([Weights(i.name, p.w0, p.w1, i.note, p.same) for i, p in pairs.values()])
+                for (u, (i, p)), delta in zip(pairs.items(), made, strict=True):
+                    ready[u] = to_unit(delta, p.digests, stamp_of(i, sources))
+            return ready.pop(unit)
 
         run = units.run_units(
             len(order),
@@ -347,5 +247,24 @@ def warn_capped(deltas: Iterable[TensorDelta], rule: Rule) -> None:
         )
 
 
-def _tensor_seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+def _batches(items: Sequence[Item], sources: tuple[WeightSource, WeightSource], device: object) -> dict[int, list[int]]:
+    """Units that are computed together, by each of them: pairs of one kind that are in one GPU's memory already.
+
+    They do not depend on what is finished, so that a run that goes on computes what one run would have.
+    """
+    groups: dict[tuple, list[list[int]]] = {}
+    for unit, item in enumerate(items):
+        sides = [_on_gpu(source, name) for source, name in zip(sources, (item.base, item.tuned), strict=True)]
+        if units.place()[1] > 1 or sides[0] is None or sides[0] != sides[1] or device not in (None, sides[0]):
+            continue
+        parts = groups.setdefault((item.shape, *sides, sources[0].dtype(item.base), sources[1].dtype(item.tuned)), [[]])
+        if len(parts[-1]) == _BATCH:
+            parts.append([])
+        parts[-1].append(unit)
+    return {unit: part for parts in groups.values() for part in parts for unit in part}
+
+
+def _on_gpu(source: WeightSource, name: str) -> torch.device | None:
+    """The GPU that has a tensor, if one has."""
+    place = source.get(name).device if isinstance(source, ModuleSource) else None
+    return place if place is not None and place.type == "cuda" else None

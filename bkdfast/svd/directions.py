@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError
 from bkdfast.svd.artifact import read_artifact, versions, write_artifact
-from bkdfast.svd.delta import Settings, warn_unconverged
+from bkdfast.svd.delta import warn_unconverged
 from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names, weights_hash
 from bkdfast.svd.plan import check_shapes, refuse_quantised
 from bkdfast.svd.result import TensorDelta
 from bkdfast.svd.rule import Rule
+from bkdfast.svd.settings import Settings, Weights
 from bkdfast.svd.source import FolderSource, ModuleSource, WeightSource
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def delta_directions(
             if delta is None:
                 w0, w1 = base_source.get(base_names[name]), tuned_source.get(tuned_names[name])
                 _check_projection(name, w1, spec)
-                delta = settings.factor(name, w0.T, w1.T) if spec.transposed else settings.factor(name, w0, w1)
+                delta = settings.factor(Weights(name, w0.T, w1.T) if spec.transposed else Weights(name, w0, w1))
             deltas[first] = delta
         delta = deltas[first]
         rows = slice(i * rank, i * rank + delta.rank)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bkdfast.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, NonFiniteError, optional
-from bkdfast.svd.delta import Settings, warn_capped, warn_unconverged
+from bkdfast.svd.delta import warn_capped, warn_unconverged
 from bkdfast.svd.layout import Layout, write_adapter
 from bkdfast.svd.lora import AdapterSource, open_pair
 from bkdfast.svd.names import match_names
@@ -29,6 +29,7 @@ from bkdfast.svd.norms import sums
 from bkdfast.svd.plan import make_plan
 from bkdfast.svd.result import DeltaSVD, TensorDelta
 from bkdfast.svd.rule import Rule
+from bkdfast.svd.settings import Settings, Weights
 from bkdfast.svd.source import WeightSource
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def _factor(
             return settings.leading(replace(given, note=capped), kept)
     if isinstance(sources[1], AdapterSource) and (exact := sources[1].factor(name, base_name, settings)) is not None:
         return exact
-    return settings.factor(name, sources[0].get(base_name), sources[1].get(name))
+    return settings.factor(Weights(name, sources[0].get(base_name), sources[1].get(name)))
 
 
 def _warn_lost(result: Extraction, save_rest: bool) -> None:

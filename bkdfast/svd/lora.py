@@ -25,7 +25,7 @@ from bkdfast.svd.rule import Rule
 from bkdfast.svd.source import ModuleSource, WeightSource, open_source
 
 if TYPE_CHECKING:
-    from bkdfast.svd.delta import Settings
+    from bkdfast.svd.settings import Settings
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from bkdfast.errors import InvalidArgumentError, NonFiniteError
-from bkdfast.svd import batched
+from bkdfast.svd import batched, delta, delta_svd
 from bkdfast.svd.batched import batched_triplets
 from bkdfast.svd.krylov import leading_triplets
 from tests.svd.matrices import FP64, pair, sin_theta, with_spectrum
@@ -67,14 +69,14 @@ def test_a_pair_that_needs_more_passes_goes_on_without_the_others(monkeypatch):
 
 
 def test_stops_at_max_passes():
-    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic"])
-    (found,) = run(w0, w1, max_passes=2)
-    assert found.passes == 2 and not found.converged
+    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic"] * 2)
+    assert [(found.passes, found.converged) for found in run(w0, w1, max_passes=2)] == [(2, False)] * 2
 
 
 def test_triplets_to_be_ignored_cost_no_pass():
-    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic"])
-    assert run(w0, w1, ignore_below=[10.0])[0].passes < run(w0, w1)[0].passes
+    w0, w1, _ = made((torch.float32, torch.float32), ["harmonic"] * 2)
+    first, second = run(w0, w1, ignore_below=[10.0, 0.0])
+    assert first.passes < second.passes
 
 
 def test_small_matrices_are_decomposed_directly():
@@ -110,3 +112,32 @@ def test_the_host_is_asked_nothing_between_passes(monkeypatch):
         batch.step()
     monkeypatch.undo()
     assert batch.q.shape == (2, N, 64)
+
+
+@pytest.mark.parametrize("rule", [{"rank": 2}, {"energy": 0.9}])
+def test_delta_svd_takes_equal_weights_on_a_gpu_together(monkeypatch, tmp_path, rule):
+    """On the CPU, which passes for a GPU here: in batches of at most three, whatever is finished already."""
+    base = torch.nn.ModuleDict({f"{i}": torch.nn.Linear(300 + 50 * (i == 4), 320, bias=False) for i in range(6)})
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for i in (0, 1, 2, 4, 5):
+            tuned[f"{i}"].weight += 0.1 * torch.randn(320, 3) @ torch.randn(3, base[f"{i}"].in_features)
+    alone = delta_svd(base, tuned, progress=False, **rule)
+    widths = []
+    original = batched._Batch.step
+    monkeypatch.setattr(batched._Batch, "step", lambda self: widths.append(len(self.members)) or original(self))
+    monkeypatch.setattr(delta, "_on_gpu", lambda source, name: source.get(name).device)
+    monkeypatch.setattr(delta, "_BATCH", 3)
+    together = delta_svd(base, tuned, progress=False, out=tmp_path, **rule)
+    assert max(widths) == 3 and list(together) == list(alone)
+    for name, found in together.items():
+        torch.testing.assert_close(found.s, alone[name].s)
+        torch.testing.assert_close(found.u, alone[name].u, atol=1e-5, rtol=0)
+        assert (found.note, found.changed, found.shape) == (alone[name].note, alone[name].changed, alone[name].shape)
+    next(tmp_path.glob("unit-*1*")).unlink()
+    again = delta_svd(base, tuned, progress=False, out=tmp_path, **rule)
+    assert all(torch.equal(again[name].u, together[name].u) for name in again)
+    with torch.no_grad():
+        tuned["2"].weight[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"2\.weight has NaN or infinity in the tuned weights"):
+        delta_svd(base, tuned, progress=False, **rule)

@@ -162,13 +162,13 @@ def test_mixture_of_experts_is_said_aloud():
 
 
 def test_shared_blocks_are_decomposed_once(monkeypatch):
-    from bkdfast.svd import delta
+    from bkdfast.svd import batched
 
     base, tuned = Toy(), Toy()
     for model in (base, tuned):
         model.blocks[1] = model.blocks[0]
-    calls, inner = [], delta.leading_triplets
-    monkeypatch.setattr(delta, "leading_triplets", lambda *a, **k: (calls.append(1), inner(*a, **k))[1])
+    calls, inner = [], batched.leading_triplets
+    monkeypatch.setattr(batched, "leading_triplets", lambda *a, **k: (calls.append(1), inner(*a, **k))[1])
     got = run(base, tuned, spec=toy_spec())
     assert len(calls) == 2 and torch.equal(got.vectors[0], got.vectors[1])
 

@@ -82,13 +82,13 @@ def test_a_fused_projection_is_one_matrix():
 
 
 def test_what_is_the_same_byte_for_byte_costs_no_pass(tmp_path, monkeypatch):
-    from bkdfast.svd import delta
+    from bkdfast.svd import batched
 
     w = torch.randn(300, 400)
     base = save(tmp_path, "base", {"a": w, "zero": torch.zeros(300, 400), "mixed": w.clone()})
     tuned = save(tmp_path, "tuned", {"a": w, "zero": -torch.zeros(300, 400), "mixed": w.double()})
-    passes, inner = [], delta.leading_triplets
-    monkeypatch.setattr(delta, "leading_triplets", lambda *args, **kw: (passes.append(1), inner(*args, **kw))[1])
+    passes, inner = [], batched.leading_triplets
+    monkeypatch.setattr(batched, "leading_triplets", lambda *args, **kw: (passes.append(1), inner(*args, **kw))[1])
     got = run(base, tuned)
     assert got.unchanged == ("a", "mixed", "zero") and [got[name].passes for name in got] == [0, 1, 1]
     assert len(passes) == 2, "other bytes of the same values are found by the first pass"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from bkdfast.errors import CheckpointError, InvalidArgumentError, StoreError
 from bkdfast.jobs import store as store_module
 from bkdfast.svd import DeltaSVD, artifact, delta_svd
-from bkdfast.svd.delta import Settings
+from bkdfast.svd.settings import Settings
 from tests.jobs import processes
 from tests.jobs.processes import finished, wait_for_units
 from tests.svd.matrices import llama, tune
@@ -23,18 +23,18 @@ TENSORS = 16  # two layers of seven, embedding and head
 SCRIPT = """
     import sys, time, torch
     import bkdfast as bf
-    from bkdfast.svd.delta import Settings
+    from bkdfast.svd.settings import Settings
 
     torch.set_num_threads(1)
-    folder, factor = sys.argv[1], Settings.factor
+    folder, factor = sys.argv[1], Settings.factor_all
 
-    def slow(self, name, *more, **options):
+    def slow(self, pairs):
         with open(sys.argv[2], "a") as log:
-            log.write(f"{name}\\n")
+            log.write("".join(f"{pair.name}\\n" for pair in pairs))
         time.sleep(0.05)
-        return factor(self, name, *more, **options)
+        return factor(self, pairs)
 
-    Settings.factor = slow
+    Settings.factor_all = slow
     if len(sys.argv) > 3:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{sys.argv[3]}", rank=int(sys.argv[4]), world_size=2
@@ -126,20 +126,20 @@ def test_finished_tensors_are_not_read_again(folder, monkeypatch):
 
     first = run(folder, out=folder / "out")
     (folder / "out" / "delta_svd.safetensors").unlink()
-    monkeypatch.setattr(Settings, "factor", lambda *_, **__: pytest.fail("everything is there"))
+    monkeypatch.setattr(Settings, "factor_all", lambda *_, **__: pytest.fail("everything is there"))
     monkeypatch.setattr(TensorFile, "read", lambda *_, **__: pytest.fail("nothing is to be read"))
     assert same(run(folder, out=folder / "out"), first)
     assert same(first, DeltaSVD.load(folder / "out" / "delta_svd.safetensors"))
 
 
 def test_the_largest_tensors_come_first(folder, monkeypatch):
-    seen, factor = [], Settings.factor
+    seen, factor = [], Settings.factor_all
 
-    def logged(self, name, w0, w1, *more, **options):
-        seen.append(w0.nbytes + w1.nbytes)
-        return factor(self, name, w0, w1, *more, **options)
+    def logged(self, pairs):
+        seen.extend(pair.w0.nbytes + pair.w1.nbytes for pair in pairs)
+        return factor(self, pairs)
 
-    monkeypatch.setattr(Settings, "factor", logged)
+    monkeypatch.setattr(Settings, "factor_all", logged)
     got = run(folder, out=folder / "out")
     assert seen == sorted(seen, reverse=True) and len(set(seen)) > 2
     assert list(got) == sorted(got), "the result has the model's order"
@@ -168,7 +168,7 @@ def test_a_rule_is_a_setting_too(folder, monkeypatch):
     assert len({delta.rank for delta in first.values()}) > 1
     told = {"rank": None, "energy": 0.8, "tol": None, "max_rank": 128}
     assert told.items() <= DeltaSVD.load(folder / "out" / "delta_svd.safetensors").metadata.items()
-    monkeypatch.setattr(Settings, "factor", lambda *_, **__: pytest.fail("everything is there"))
+    monkeypatch.setattr(Settings, "factor_all", lambda *_, **__: pytest.fail("everything is there"))
     for rule in ({}, {"max_rank": 128}):
         assert same(run(folder, out=folder / "out", rank=None, energy=0.8, **rule), first)
     for rule, message in (
@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_units(folder, monkeypatch):
     monkeypatch.undo()
     assert len(list((folder / "out").glob("unit-*"))) == TENSORS
     assert not (folder / "out" / "delta_svd.safetensors").exists() and not list((folder / "out").glob(".*.tmp"))
-    monkeypatch.setattr(Settings, "factor", lambda *_, **__: pytest.fail("everything is there"))
+    monkeypatch.setattr(Settings, "factor_all", lambda *_, **__: pytest.fail("everything is there"))
     run(folder, out=folder / "out")
 
 
@@ -276,16 +276,16 @@ def test_read_only_output_shows_before_anything_is_read(folder, monkeypatch):
 def test_a_shard_that_vanishes_leaves_what_is_finished(folder, checkpoints, monkeypatch):
     (folder / "tuned").unlink()
     shutil.copytree(checkpoints / "tuned", folder / "tuned")
-    done, factor = [], Settings.factor
+    done, factor = [], Settings.factor_all
 
-    def vanishing(self, name, *more, **options):
-        done.append(name)
+    def vanishing(self, pairs):
+        done.extend(pairs)
         if len(done) == 4:
             for file in (folder / "tuned").glob("model-*.safetensors"):
                 file.rename(f"{file}.away")
-        return factor(self, name, *more, **options)
+        return factor(self, pairs)
 
-    monkeypatch.setattr(Settings, "factor", vanishing)
+    monkeypatch.setattr(Settings, "factor_all", vanishing)
     with pytest.raises(CheckpointError, match="cannot read .*No such file"):
         run(folder, out=folder / "out")
     monkeypatch.undo()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bkdfast.svd.delta import Settings
 from bkdfast.svd.noise import rounding_edge
 from bkdfast.svd.rule import Rule
+from bkdfast.svd.settings import Settings, Weights
 from tests.svd.matrices import FP64, with_spectrum
 
 
@@ -24,7 +24,7 @@ def test_values_below_it_are_flagged_and_those_above_are_not():
     torch.manual_seed(0)
     base = (0.02 * torch.randn(600, 500)).bfloat16()
     written = with_spectrum(600, 500, torch.tensor([1.0, 0.5, 0.25]))
-    found = Settings(Rule(12)).factor("w", base, (base.double() + written).bfloat16())
+    found = Settings(Rule(12)).factor(Weights("w", base, (base.double() + written).bfloat16()))
     assert found.below_rounding.tolist() == [False] * 3 + [True] * 9
     assert 0.3 * found.rounding < found.s[3] < found.rounding
     # No pass is spent on what is noise; the others are certified.

@@ -8,10 +8,10 @@ import torch
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.svd import DeltaSVD, delta_plan, delta_svd, krylov
-from bkdfast.svd.delta import Settings
 from bkdfast.svd.lora import LowRank, factor_product
 from bkdfast.svd.plan import Item
 from bkdfast.svd.rule import Rule
+from bkdfast.svd.settings import Settings, Weights
 from tests.svd.matrices import FP64, llama, pair, sin_theta, tune, with_spectrum
 
 FALLING = 0.9 ** torch.arange(60, dtype=FP64)  # 90% of the energy in 11 values, 99.99% in 44; 22 are over 0.1 s_1
@@ -25,7 +25,7 @@ def counted(s, energy=None, tol=None):
 def by_pair(m, n):
     def decompose(s, rule, **options):
         w0, w1, exact = pair(with_spectrum(m, n, s))
-        return Settings(rule, **options).factor("w", w0, w1), exact
+        return Settings(rule, **options).factor(Weights("w", w0, w1)), exact
 
     return decompose
 
@@ -85,27 +85,30 @@ def test_at_the_numerical_rank(way, rule):
 
 def test_the_numerical_rank_is_noted_where_it_decides():
     w1 = torch.ones(30, 40)
-    assert Settings(Rule(energy=1.0)).factor("w", torch.zeros(30, 40), w1).note == "numerical rank 1"
+    assert Settings(Rule(energy=1.0)).factor(Weights("w", torch.zeros(30, 40), w1)).note == "numerical rank 1"
     w1[0] = 2.0  # [2, 1, 1, ...] in every column: still one direction
     w1[:, 0] = torch.arange(30)
-    whole = Settings(Rule(tol=1e-6)).factor("w", torch.zeros(30, 40), w1)
+    whole = Settings(Rule(tol=1e-6)).factor(Weights("w", torch.zeros(30, 40), w1))
     assert (whole.rank, whole.note) == (2, "numerical rank 2")
-    part = Settings(Rule(tol=0.9)).factor("w", torch.zeros(30, 40), w1)
+    part = Settings(Rule(tol=0.9)).factor(Weights("w", torch.zeros(30, 40), w1))
     assert (part.rank, part.note) == (1, "")
 
 
 def test_all_of_a_small_matrix_is_no_cap():
     w1 = torch.randn(20, 30)
-    found = Settings(Rule(energy=1.0, max_rank=20)).factor("w", torch.zeros(20, 30), w1)
+    found = Settings(Rule(energy=1.0, max_rank=20)).factor(Weights("w", torch.zeros(20, 30), w1))
     assert found.rank == 20 and found.note == ""
-    assert Settings(Rule(energy=1.0, max_rank=19)).factor("w", torch.zeros(20, 30), w1).note == "max_rank 19 reached"
+    assert (
+        Settings(Rule(energy=1.0, max_rank=19)).factor(Weights("w", torch.zeros(20, 30), w1)).note
+        == "max_rank 19 reached"
+    )
 
 
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("rule", [{"energy": 0.9}, {"tol": 0.1}, {"rank": 2}], ids=str)
 def test_of_no_change_nothing_is_kept(rule, same):
     w = torch.randn(30, 20)
-    found = Settings(Rule(**rule, max_rank=2)).factor("w", w, w.clone(), same=same)
+    found = Settings(Rule(**rule, max_rank=2)).factor(Weights("w", w, w.clone(), same=same))
     assert found.unchanged and found.rank == 0 and found.note == ""
 
 
@@ -152,12 +155,12 @@ def test_kept_triplets_have_converged_though_weaker_ones_have_not():
     torch.manual_seed(0)
     w1 = (with_spectrum(600, 700, [40.0, 30.0]) + 0.05 * torch.randn(600, 700, dtype=FP64)).float()
     settings = {"max_passes": 4, "tolerance": 1e-4}
-    whole = Settings(Rule(16), **settings).factor("w", torch.zeros(600, 700), w1)
+    whole = Settings(Rule(16), **settings).factor(Weights("w", torch.zeros(600, 700), w1))
     assert not whole.converged
-    kept = Settings(Rule(tol=0.5), **settings).factor("w", torch.zeros(600, 700), w1)
+    kept = Settings(Rule(tol=0.5), **settings).factor(Weights("w", torch.zeros(600, 700), w1))
     assert kept.converged and kept.rank == 2 and kept.passes == whole.passes
     assert torch.equal(kept.u, whole.u[:, :2]) and torch.equal(kept.subspace, whole.subspace[:2])
-    some = Settings(Rule(energy=0.1, max_rank=16), **settings).factor("w", torch.zeros(600, 700), w1)
+    some = Settings(Rule(energy=0.1, max_rank=16), **settings).factor(Weights("w", torch.zeros(600, 700), w1))
     assert some.converged is bool((some.residual <= 1e-4 * some.s).all())
 
 
