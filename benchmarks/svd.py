@@ -3,8 +3,10 @@
 Each case is a pair of bf16 matrices whose difference has a known kind of spectrum. Truth is an eigendecomposition of
 the delta's Gram matrix in float64. Every version gets the pair, so that forming the delta is a part of its time, as it
 is of a user's. Versions take turns; a ratio is the median over rounds of the ratio within a round. Next to the times
-stand the true angle between the k-th computed vectors and the leading subspaces, for all versions, and the bound on it
-that ours reports. A full SVD takes long and runs once.
+stand the true angle between the computed vectors and the leading subspaces, for all versions, and the bound on it that
+ours reports. A full SVD (mergekit's LoRA extraction computes one of every weight) takes long and runs once. One pass
+of `delta_sketch` is timed alone, as a share of what this machine's memory and its float32 matrix product reach, and
+the whole with two threads next to one.
 
 Writes `benchmarks/results/svd-<machine>.json`; `python -m benchmarks.tables` puts it into README.md.
 """
@@ -24,9 +26,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.run import RESULTS, compare, machine, slug
+from benchmarks.run import RESULTS, ceilings, compare, machine, slug
+from bkdfast.ops.delta_sketch import delta_sketch
 from bkdfast.svd.certificate import Angles
-from bkdfast.svd.krylov import leading_triplets
+from bkdfast.svd.krylov import block_width, leading_triplets
 
 OURS, FULL, LOWRANK = "bkdfast", "torch.linalg.svd", "torch.svd_lowrank"
 TOLERANCE = 1e-4
@@ -81,16 +84,19 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     facts = machine(torch.device("cpu"))
+    limits = ceilings(torch.device("cpu"))
     out = options.out or RESULTS / f"svd-{slug(facts['name'])}.json"
     rows: list[dict] = []
     for shape in tqdm([s for s in shapes() if options.only is None or options.only in s.name], desc="cases"):
-        rows.append(measure(shape, options.rounds, full=not options.no_full))
+        rows.append(measure(shape, options.rounds, limits, full=not options.no_full))
         tqdm.write(summary(rows[-1]))
-        out.write_text(json.dumps({"machine": facts, "deltas": rows}, indent=1) + "\n", encoding="utf-8")
+        out.write_text(
+            json.dumps({"machine": facts, "ceilings": limits, "deltas": rows}, indent=1) + "\n", encoding="utf-8"
+        )
     print(f"wrote {out}")
 
 
-def measure(shape: Shape, rounds: int, *, full: bool) -> dict:
+def measure(shape: Shape, rounds: int, limits: dict[str, float], *, full: bool) -> dict:
     """Times, CPU times and angles of one case."""
     pair = build(shape)
     versions = competitors(pair, shape.k)
@@ -119,7 +125,37 @@ def measure(shape: Shape, rounds: int, *, full: bool) -> dict:
             "cpu_s": time.process_time() - cpu,
             "angle": angle(pair, (u[:, : shape.k], vt[: shape.k].T)),
         }
-    return {"name": shape.name, "shape": asdict(shape), "rounds": rounds, "versions": rows, **bounds}
+    alone = {"pass": one_pass(pair, shape.k, limits, 3 * rounds), "two_threads": two_threads(versions[OURS], rounds)}
+    return {"name": shape.name, "shape": asdict(shape), "rounds": rounds, "versions": rows, **bounds, **alone}
+
+
+def one_pass(pair: Pair, k: int, limits: dict[str, float], rounds: int) -> dict[str, float]:
+    """Time of one `delta_sketch` of the width that k needs, and its share of what the machine can do."""
+    (m, n), width = pair.w0.shape, block_width(k)
+    x = torch.randn(n, width)
+    took = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        delta_sketch(pair.w0, pair.w1, x)
+        took.append(time.perf_counter() - begin)
+    taken = statistics.median(took)
+    gflop_s, gb_s = 4e-9 * m * n * width / taken, 1e-9 * (pair.w0.nbytes + pair.w1.nbytes) / taken
+    shares = {"of_gemm": gflop_s / limits["gemm_gflop_s"], "of_copy": gb_s / limits["copy_gb_s"]}
+    return {"width": width, "median_us": 1e6 * taken, "gflop_s": gflop_s, "gb_s": gb_s, **shares}
+
+
+def two_threads(run: Callable[[], object], rounds: int) -> float:
+    """How much faster it is with two threads than with one; turn by turn."""
+    before = torch.get_num_threads()
+    took: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for count, times in took.items():
+            torch.set_num_threads(count)
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+    torch.set_num_threads(before)
+    return statistics.median(one / two for one, two in zip(took[1], took[2], strict=True))
 
 
 def build(shape: Shape) -> Pair:
@@ -205,7 +241,12 @@ def angle(pair: Pair, found: Found) -> float:
 
 def summary(row: dict) -> str:
     """One case for the terminal."""
-    lines = [f"{row['name']}: {row['passes']} passes, bound {row['bound']:.1e}"]
+    once = row["pass"]
+    lines = [
+        f"{row['name']}: {row['passes']} passes, bound {row['bound']:.1e}; a pass {once['median_us'] / 1e3:.1f} ms, "
+        f"{once['of_gemm']:.0%} of the matrix product, {once['of_copy']:.0%} of copying; two threads "
+        f"{row['two_threads']:.2f}x"
+    ]
     for name, version in row["versions"].items():
         lines.append(
             f"  {name}: {version['median_us'] / 1e3:.1f} ms, {1 / version['speedup']:.2f}x ours, CPU "

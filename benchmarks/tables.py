@@ -6,6 +6,7 @@ import argparse
 import json
 
 from benchmarks.run import RESULTS, ROOT, shown
+from benchmarks.svd_tables import disk_table, svd_table
 from benchmarks.sweep_tables import peer_table, sweep_table
 
 
@@ -19,6 +20,8 @@ def main() -> None:
         ("cases", "op", "bench", table),
         ("sweeps", "sweep", "bench-sweep", sweep_table),
         ("peers", "peer", "bench-peers", peer_table),
+        ("deltas", "delta", "bench-svd", svd_table),
+        ("cold", "disk", "bench-svd", disk_table),
     ):
         tables = [render(result) for result in results if key in result]
         if tables:
