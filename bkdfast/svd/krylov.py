@@ -214,12 +214,16 @@ class _Basis:
         """An orthonormal basis of what the newest Z adds to Q; without columns where that is only rounding."""
         size = self.size[-self.blocks[-1] :]
         # In units of its own rounding, a weak column counts like a strong one.
-        rest = self.rest()[:, size > 0] / (self.noise * size[size > 0])
+        rest = self.rest() / (self.noise * size).clamp(min=torch.finfo(size.dtype).tiny)
         block, signal, _ = torch.linalg.svd(rest, full_matrices=False)
         room = self.p.shape[0] - self.q.shape[1]
-        block = block[:, signal > _SIGNAL][:, : max(room, 0)]
-        # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q.
-        return torch.linalg.qr(block - self.q @ (self.q.T @ block))[0]
+        block = block[:, : min(int((signal > _SIGNAL).sum()), max(room, 0))]
+        # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q. Without that it
+        # is nearly orthonormal, and Cholesky makes it so.
+        block = block - self.q @ (self.q.T @ block)
+        return torch.linalg.solve_triangular(
+            torch.linalg.cholesky(block.T @ block, upper=True), block, upper=True, left=False
+        )
 
 
 def _iterate(
