@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError
 from bkdfast.hf.families import unwrap
@@ -94,6 +93,8 @@ def complete(model: torch.nn.Module, batch: dict[str, torch.Tensor], spec: Model
 
 def takes(model: torch.nn.Module, name: str) -> bool:
     """`model` can be called with the argument `name`; a wrapper with `**kwargs` (PEFT) hands it to the model inside."""
+    from transformers import PreTrainedModel
+
     kind: Any = type(model)
     parameters, passes = _parameters(kind)
     if name in parameters or isinstance(model, PreTrainedModel) or not passes:

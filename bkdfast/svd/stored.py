@@ -22,6 +22,7 @@ from bkdfast.jobs.hashing import hash_text
 from bkdfast.jobs.store import Store
 from bkdfast.svd.artifact import versions
 from bkdfast.svd.lora import AdapterSource
+from bkdfast.svd.names import tensor_digest
 from bkdfast.svd.plan import DeltaPlan, Item
 from bkdfast.svd.result import PARTS, SCALARS, TensorDelta
 from bkdfast.svd.source import WeightSource
@@ -82,7 +83,7 @@ def refuse_other_inputs(
         if stamp and facts["stamp"] == stamp:
             continue
         adapter = factored(item, sources)
-        digests = load_pair(*sources, item).digests if adapter is None else adapter.digests(item.tuned)
+        digests = adapter.digests(item.tuned) if adapter is not None else _digests(item, sources)
         now = [digest.hex() for digest in digests]
         for side, was, found in zip(("base", "tuned"), facts["digests"], now, strict=True):
             if was != found:
@@ -90,6 +91,11 @@ def refuse_other_inputs(
                     f"{store.path} has the results of another {side} model: the values of {item.name} are not those "
                     "that it was computed from; pass another out=, or delete the folder to start over"
                 )
+
+
+def _digests(item: Item, sources: tuple[WeightSource, WeightSource]) -> tuple[bytes, bytes]:
+    pair = load_pair(*sources, item)
+    return tensor_digest(pair.w0), tensor_digest(pair.w1)
 
 
 def stamp_of(item: Item, sources: tuple[WeightSource, WeightSource]) -> str:

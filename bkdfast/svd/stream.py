@@ -1,10 +1,10 @@
-"""Pairs of tensors, one in memory at a time, and the next one read by a thread while one is computed."""
+"""Pairs of tensors, one in memory at a time; while one is computed, threads hash it, and read and hash the next."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from bkdfast.svd.plan import DeltaPlan, Item
 from bkdfast.svd.source import WeightSource
 
 _CHUNK = 1 << 24  # bytes compared at a time
+_THREADS = 3  # one reads, one hashes each side
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +25,21 @@ class Pair:
         w0: base.
         w1: tuned.
         same: they are the same bit by bit, and of one dtype.
-        digests: of both (`tensor_digest`); empty where they were not asked for.
+        hashes: the digests of both, on their way; empty where they were not asked for.
     """
 
     w0: Tensor
     w1: Tensor
     same: bool
-    digests: tuple[bytes, ...]
+    hashes: tuple[Future[bytes], ...] = ()
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """Of both (`tensor_digest`), when they are there; empty where they were not asked for."""
+        return tuple(found.result() for found in self.hashes)
 
 
-def load_pair(base: WeightSource, tuned: WeightSource, item: Item, *, digest: bool = True) -> Pair:
+def load_pair(base: WeightSource, tuned: WeightSource, item: Item) -> Pair:
     """Read both tensors of an item."""
     w0, w1 = (
         source.get(name, item.start, item.stop) if item.stop is not None else source.get(name)
@@ -41,12 +47,7 @@ def load_pair(base: WeightSource, tuned: WeightSource, item: Item, *, digest: bo
     )
     if item.stacked:
         w0, w1 = w0[0], w1[0]
-    same = same_bits(w0, w1)
-    digests: tuple[bytes, ...] = ()
-    if digest:
-        first = tensor_digest(w0)
-        digests = first, first if same else tensor_digest(w1)
-    return Pair(w0, w1, same, digests)
+    return Pair(w0, w1, same_bits(w0, w1))
 
 
 def same_bits(w0: Tensor, w1: Tensor) -> bool:
@@ -68,10 +69,11 @@ def _words(data: Tensor) -> Tensor:
 
 
 class Stream:
-    """Pairs of a plan in the order in which they are asked for; a context, which ends the thread.
+    """Pairs of a plan in the order in which they are asked for; a context, which ends the threads.
 
     While pair i is computed, a thread reads the one that follows it in `order`, unless two pairs and what the
     computation takes exceed `limit` bytes. A pair that is asked for in another order is read when it is asked for.
+    Hashing, slower than a fast disk, delays neither the reads nor the computation.
 
     Args:
         base: the base model.
@@ -95,20 +97,20 @@ class Stream:
         self._sources, self._plan, self._limit, self._digest = (base, tuned), plan, limit, digest
         self._next = dict(zip(order, order[1:], strict=False))
         self._ahead: tuple[int, Future[Pair]] | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Stream:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bkdfast-read")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="bkdfast-read")
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._thread is not None
+        assert self._threads is not None
         self._ahead = None
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def take(self, position: int) -> Pair:
         """The pair of `plan.items[position]`; the caller keeps no reference to the one before."""
-        assert self._thread is not None, "used outside its context"
+        assert self._threads is not None, "used outside its context"
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == position:
             pair = ahead[1].result()
@@ -118,11 +120,16 @@ class Stream:
         ahead = None
         following = self._next.get(position)
         if following is not None and self._fits(position, following):
-            self._ahead = following, self._thread.submit(self._load, following)
+            self._ahead = following, self._threads.submit(self._load, following)
         return pair
 
     def _load(self, position: int) -> Pair:
-        return load_pair(*self._sources, self._plan.items[position], digest=self._digest)
+        pair = load_pair(*self._sources, self._plan.items[position])
+        if not self._digest:
+            return pair
+        assert self._threads is not None
+        first = self._threads.submit(tensor_digest, pair.w0)
+        return replace(pair, hashes=(first, first if pair.same else self._threads.submit(tensor_digest, pair.w1)))
 
     def _fits(self, position: int, following: int) -> bool:
         if self._limit is None:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,9 +31,11 @@ from bkdfast.sweep.projection import refuse_inexact
 from bkdfast.sweep.provenance import hash_text, manifest
 from bkdfast.sweep.readout_groups import check_metrics
 from bkdfast.sweep.result import SweepResult
-from bkdfast.sweep.run import Sweep
 from bkdfast.sweep.variants import HEADS, Grid, Head, describe_at, grid
 from bkdfast.sweep.verify import check_cells
+
+if TYPE_CHECKING:
+    from bkdfast.sweep.run import Sweep
 
 
 def sweep(
@@ -110,6 +112,8 @@ def sweep(
         >>> result.effects.shape
         torch.Size([6, 8, 2])
     """
+    from bkdfast.sweep.run import Sweep  # it imports transformers
+
     metrics = check_metrics(metric)
     if verify is not None and verify < 0:
         raise InvalidArgumentError(f"verify={verify}: the number of cells to check is 0 or more")

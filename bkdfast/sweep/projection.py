@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from bkdfast.errors import UnsupportedModelError
 from bkdfast.hf.prepare import Hook
@@ -26,6 +25,8 @@ UPDATE, CALL, RUN = "update", "call", "run"
 
 def projection_mode(model: torch.nn.Module, spec: ModelSpec, layer: int) -> str:
     """`UPDATE` for a plain matrix, `CALL` for another projection, `RUN` where hooks of the user's are on it."""
+    from transformers.pytorch_utils import Conv1D
+
     module = submodule(model, spec.blocks[layer].out_proj)
     if has_hooks(module):
         return RUN
@@ -86,6 +87,8 @@ def edited_projection(
         columns: the columns that are wanted.
         mode: `UPDATE` or `CALL`.
     """
+    from transformers.pytorch_utils import Conv1D
+
     copies, rows = len(heads), len(z)
     old, shifted = z[:, columns], offset + columns.start
     new = patch_heads(old.repeat(copies, 1, 1), table, shifted)

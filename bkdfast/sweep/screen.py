@@ -55,7 +55,6 @@ from bkdfast.ops.patch_heads import patch_heads
 from bkdfast.sweep.engine import refuse_misfits
 from bkdfast.sweep.metrics import Metric, Scored
 from bkdfast.sweep.ranks import Head, ranked
-from bkdfast.sweep.run import completed, extend
 from bkdfast.sweep.variants import Grid, describe_at, grid, spans
 
 PATHS = ("layer", "joint")
@@ -225,6 +224,8 @@ class _Run:
     def __init__(
         self, model: torch.nn.Module, state: Prepared, metric: Metric, batch: dict, first: int, bar: tqdm
     ) -> None:
+        from bkdfast.sweep.run import completed, extend  # it imports transformers
+
         self.model, self.state, self.spec, self.metric, self.bar = model, state, state.spec, metric, bar
         self.first = first
         begin, end = prompt_ends(batch)

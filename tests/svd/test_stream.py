@@ -10,7 +10,7 @@ from bkdfast.errors import CheckpointError
 from bkdfast.svd import stream as stream_module
 from bkdfast.svd.plan import make_plan
 from bkdfast.svd.source import open_source
-from bkdfast.svd.stream import Stream, load_pair, same_bits
+from bkdfast.svd.stream import Stream, same_bits
 
 NAMES = [f"w{i}" for i in range(5)]
 
@@ -75,7 +75,7 @@ def test_an_error_of_the_thread_is_raised(sources, tmp_path):
         del pair
         sources[0].get("w0")
         stream._next[4] = 1
-        stream._ahead = 1, stream._thread.submit(stream._load, 1)
+        stream._ahead = 1, stream._threads.submit(stream._load, 1)
         stream.take(1)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bkdfast-read")]
 
@@ -107,8 +107,23 @@ def test_same_bits_by_chunks(chunk, monkeypatch):
 def test_equal_tensors_are_hashed_once(sources, monkeypatch):
     hashed, inner = [], stream_module.tensor_digest
     monkeypatch.setattr(stream_module, "tensor_digest", lambda w: (hashed.append(w), inner(w))[1])
-    item = make_plan(*sources).items[0]
-    assert load_pair(sources[0], sources[0], item).same and len(hashed) == 1
-    pair = load_pair(*sources, item)
-    assert not pair.same and len(hashed) == 3 and len(set(pair.digests)) == 2
-    assert load_pair(*sources, item, digest=False).digests == ()
+    plan = make_plan(*sources)
+    with Stream(sources[0], sources[0], plan, [0]) as stream:
+        pair = stream.take(0)
+        assert pair.same and len(set(pair.digests)) == 1 and len(hashed) == 1
+    with Stream(*sources, plan, [0]) as stream:
+        pair = stream.take(0)
+        assert not pair.same and pair.digests == (inner(pair.w0), inner(pair.w1)) and len(hashed) == 3
+    with Stream(*sources, plan, [0], digest=False) as stream:
+        assert stream.take(0).digests == () and len(hashed) == 3
+
+
+def test_hashing_delays_neither_the_pair_nor_the_next(sources, loads, monkeypatch):
+    go, inner = threading.Event(), stream_module.tensor_digest
+    monkeypatch.setattr(stream_module, "tensor_digest", lambda w: go.wait(20) and inner(w))
+    plan = make_plan(*sources)
+    with Stream(*sources, plan, [0, 1]) as stream:
+        pairs = [stream.take(0), stream.take(1)]
+        assert not any(hashed.done() for pair in pairs for hashed in pair.hashes)
+        go.set()
+        assert [pair.digests for pair in pairs] == [(inner(pair.w0), inner(pair.w1)) for pair in pairs]
