@@ -329,7 +329,11 @@ def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
     if frobenius == 0:
         return _nothing(m, n, dtype, changed, passes=1)
     delta = w1.double() - w0.double()
-    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    if m < n:  # LAPACK takes a third of the time for the tall side of the two
+        v, s, ut = torch.linalg.svd(delta.T, full_matrices=False)
+        u, vt = ut.T, v.T
+    else:
+        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     values = s.cpu()
     k = min(rank, int((s > FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
     u, s, v = u[:, :k], s[:k], vt[:k].T

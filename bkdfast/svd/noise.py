@@ -20,8 +20,9 @@ def rounding_edge(tuned: Tensor) -> float:
 
     A weight of binary exponent e is rounded by up to half a step of its format, evenly, so with a variance of
     `step^2 / 12`; a matrix `[m, n]` of independent errors of variance `tau^2` has its largest singular value near
-    `tau (sqrt(m) + sqrt(n))` (Bai & Yin 1993). The variance is the mean over `_SAMPLE` entries evenly spread. Where a
-    change was too small to leave its old value, the error is smaller than that: the edge is an upper estimate.
+    `tau (sqrt(m) + sqrt(n))` (Bai & Yin 1993). The variance is the mean over `_SAMPLE` entries evenly spread. Errors of
+    changes about as small as the step depend on the change: they are not independent then, and their largest singular
+    value may be half as large again as the edge.
 
     Args:
         tuned: `[m, n]` floating point, as stored.
