@@ -4,7 +4,8 @@
 # make slow    the slower test lanes: training a pair from scratch, wheels in fresh environments
 # make bench   time every op next to plain PyTorch (about 5 minutes) and write the table into README.md
 # make bench-sweep  time sweeps next to hook loops (about 15 minutes on 2 cores) and write the table into README.md
-# make bench-svd-disk  time delta_svd from disk to result next to reading the same files alone (under 5 minutes, 1.6 GB)
+# make bench-svd  time singular vectors of deltas next to other methods, and from disk to result next to reading the same
+#              files alone (about 15 minutes, 1.6 GB), likewise
 # make bench-peers  install other libraries and run the same sweep in them (about 15 minutes and 6 GB), likewise
 # make readme  measure the demo and write its figures and picture into README.md
 #
@@ -25,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 KERNELS := tests/ops/test_patch_heads.py tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py \
            tests/ops/test_prefix_attention.py
 
-.PHONY: demo test slow check bench bench-sweep bench-svd-disk bench-peers readme setup clean help
+.PHONY: demo test slow check bench bench-sweep bench-svd bench-peers readme setup clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -69,8 +70,10 @@ bench-sweep: setup
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.tables
 
-bench-svd-disk: setup
+bench-svd: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.svd
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.svd_disk
+	$(BIN)/python -m benchmarks.tables
 
 bench-peers: setup
 	$(BIN)/python -m benchmarks.peers install
