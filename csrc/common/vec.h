@@ -24,7 +24,7 @@ struct Vec {
   BKDFAST_INLINE Vec() = default;
   BKDFAST_INLINE Vec(Native native) : v(native) {}
   static BKDFAST_INLINE Vec zero() { return Native{}; }
-  static BKDFAST_INLINE Vec broadcast(T value) { return Native{} + value; }
+  static BKDFAST_INLINE Vec broadcast(T value) { return value - Native{}; }
 
   static BKDFAST_INLINE Vec load(const T* from) {
     Vec r;
