@@ -24,6 +24,7 @@ struct Vec {
   BKDFAST_INLINE Vec() = default;
   BKDFAST_INLINE Vec(Native native) : v(native) {}
   static BKDFAST_INLINE Vec zero() { return Native{}; }
+  // Minus, not plus: 0 + value is not value for -0, and so compiled into an addition.
   static BKDFAST_INLINE Vec broadcast(T value) { return value - Native{}; }
 
   static BKDFAST_INLINE Vec load(const T* from) {

@@ -21,16 +21,25 @@
 //
 // At k = 16 a third forms the difference, the products run at 190 GFLOP/s. Transposed weights, which are gathered a
 // word at a time, take three times as long.
-// One thread of a Xeon with AVX-512 (Sapphire or Emerald Rapids; fma peak 213 GFLOP/s, torch.mm 171), 4096 x 4096
-// bfloat16: k = 8 8.4 ms, 16 14.0 ms, 32 23.5 ms, 80 58.5 ms. At k = 16 the products run at 140 GFLOP/s. Storing D in
-// L2 for Z makes forming it a third slower than at k = 0; Z itself passes through L2 once a panel.
 //
-// Lost on the Xeon: all partial Z kept to the end, 1.03 times slower at k = 16, 1.15 at k = 80; Y by broadcast entries
-// of D and vectors along k, the same at k = 16 (a load for each fma), 12 x 2 vectors 1.07 times faster at k = 32 and
-// not worth a second layout of X; 3 x 8 tiles and packed blocks of 96 columns for Z, within the noise. Lost on the
-// EPYC: no fetch ahead, 12.4 ms against 9.9; fetching ahead inside the product instead, the same at k = 16 and 1.2
-// times slower at k = 8; forming 16 columns a step with a fetch each, 10.2 against 9.1 for 32; panels of 48 rows, as
-// good at best and in some processes 1.3 times slower at k = 48.
+// One thread of a Xeon with AVX-512 (Sapphire or Emerald Rapids; fma peak 213 GFLOP/s, torch.mm 171), milliseconds at
+// 4096 x 4096, before that is what it took with all partial Z kept to the end and an addition in each broadcast:
+//
+//   k                  0      8      16     32     80
+//   bfloat16          3.3    8.4    13.7   23.6   59      before 3.3, 8.9, 14.8, 26.1, 71
+//   float32          10.2   15.0    19.8   30.2   69      before 10.3, 15.6, 21.3, 32.9, 85; reads 14 GB/s
+//
+// Of 13.7 ms, D takes 5, Y 3.8 (140 GFLOP/s), Z 3.7. At k = 80, Z and X are a megabyte each and leave L2 every panel.
+//
+// Lost on both: fetching ahead inside the product, the same at k = 16 and 1.2 times slower at k = 8.
+// Lost on the Xeon: Y by broadcast entries of D and vectors along k, no faster with 24 x 1 vectors at k = 16 (a load
+// for each fma), with 12 x 2 vectors 1.07 times faster at k = 32 and not worth a second layout of X; 3 x 8 tiles for Z
+// and blocks of 256 and 384 columns, within the noise; blocks of 768, panels of 48 rows below k = 64 (1.08 times faster
+// at k = 80), slower. The bfloat16 matrix unit (AMX), with three bfloat16 parts for each number: 11 ms at k = 16 as the
+// best of a prototype, 17 at 32, 34 at 80; cutting D into parts costs at k = 16 most of what the unit saves, and sums
+// of one sign round three times worse in Y.
+// Lost on the EPYC: no fetch ahead, 12.4 ms against 9.9; forming 16 columns a step with a fetch each, 10.2 against 9.1
+// for 32; panels of 48 rows, as good at best and in some processes 1.3 times slower at k = 48.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
