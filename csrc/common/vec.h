@@ -24,7 +24,8 @@ struct Vec {
   BKDFAST_INLINE Vec() = default;
   BKDFAST_INLINE Vec(Native native) : v(native) {}
   static BKDFAST_INLINE Vec zero() { return Native{}; }
-  static BKDFAST_INLINE Vec broadcast(T value) { return Native{} + value; }
+  // Minus, not plus: 0 + value is not value for -0, and so compiled into an addition.
+  static BKDFAST_INLINE Vec broadcast(T value) { return value - Native{}; }
 
   static BKDFAST_INLINE Vec load(const T* from) {
     Vec r;

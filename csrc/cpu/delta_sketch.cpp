@@ -6,8 +6,9 @@
 // tile of it is in L1; then Z += D^T Y of the panel. Vectors run along the columns of W in both products, X and Z are
 // kept transposed: a 6 x 4 tile of Y loads 10 vectors for 24 fmas, and k needs no padding.
 //
-// Sums: rows are cut into kGroups runs of whole panels, each with its own partial Z, added in their order. Neither
-// depends on the number of threads, nor does any bit of the result; it does depend on the instruction set.
+// Sums: rows are cut into kGroups runs of whole panels, each with its own partial Z, added up a binary tree. A thread
+// adds what it can as it goes, into memory that is still in the cache. No sum depends on the number of threads, nor
+// does any bit of the result; it does depend on the instruction set.
 //
 // Floor: 4 m n k flops, the matrices read once. One thread of an EPYC with full AVX-512 (fp32 fma peak 240 GFLOP/s,
 // reads 45 GB/s), against plain PyTorch in its best panels (32 rows); torch.mm reaches 95 GFLOP/s there at 2048^3:
@@ -20,9 +21,25 @@
 //
 // At k = 16 a third forms the difference, the products run at 190 GFLOP/s. Transposed weights, which are gathered a
 // word at a time, take three times as long.
-// Lost: no fetch ahead, 12.4 ms against 9.9; fetching ahead inside the product instead, the same at k = 16 and 1.2
-// times slower at k = 8; forming 16 columns a step with a fetch each, 10.2 against 9.1 for 32; panels of 48 rows, as
-// good at best and in some processes 1.3 times slower at k = 48.
+//
+// One thread of a Xeon with AVX-512 (Sapphire or Emerald Rapids; fma peak 213 GFLOP/s, torch.mm 171), milliseconds at
+// 4096 x 4096, before that is what it took with all partial Z kept to the end and an addition in each broadcast:
+//
+//   k                  0      8      16     32     80
+//   bfloat16          3.3    8.4    13.7   23.6   59      before 3.3, 8.9, 14.8, 26.1, 71
+//   float32          10.2   15.0    19.8   30.2   69      before 10.3, 15.6, 21.3, 32.9, 85; reads 14 GB/s
+//
+// Of 13.7 ms, D takes 5, Y 3.8 (140 GFLOP/s), Z 3.7. At k = 80, Z and X are a megabyte each and leave L2 every panel.
+//
+// Lost on both: fetching ahead inside the product, the same at k = 16 and 1.2 times slower at k = 8.
+// Lost on the Xeon: Y by broadcast entries of D and vectors along k, no faster with 24 x 1 vectors at k = 16 (a load
+// for each fma), with 12 x 2 vectors 1.07 times faster at k = 32 and not worth a second layout of X; 3 x 8 tiles for Z
+// and blocks of 256 and 384 columns, within the noise; blocks of 768, panels of 48 rows below k = 64 (1.08 times faster
+// at k = 80), slower. The bfloat16 matrix unit (AMX), with three bfloat16 parts for each number: 11 ms at k = 16 as the
+// best of a prototype, 17 at 32, 34 at 80; cutting D into parts costs at k = 16 most of what the unit saves, and sums
+// of one sign round three times worse in Y.
+// Lost on the EPYC: no fetch ahead, 12.4 ms against 9.9; forming 16 columns a step with a fetch each, 10.2 against 9.1
+// for 32; panels of 48 rows, as good at best and in some processes 1.3 times slower at k = 48.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,6 +52,7 @@
 #include <new>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../common/isa.h"
@@ -120,19 +138,48 @@ std::unique_ptr<Acc[], Free> pack_x(const Tensor& x) {
   return packed;
 }
 
-// out[j, c] = sum of the groups' z[c, j], in their order.
+// The partial Z of groups [first, first + count): a node of the tree over the groups.
 template <typename Acc>
-void reduce_z(const Acc* z, int64_t groups, int64_t stride, int64_t k, int64_t begin, int64_t end, Acc* out) {
-  constexpr int64_t kStep = 64;
-  for (int64_t j = begin; j < end; j += kStep)
-    for (int64_t c = 0; c < k; ++c) {
-      const int64_t count = std::min(kStep, end - j);
-      Acc total[kStep];
-      std::copy_n(z + c * stride + j, count, total);
-      for (int64_t g = 1; g < groups; ++g)
-        for (int64_t i = 0; i < count; ++i) total[i] += z[(g * k + c) * stride + j + i];
-      for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = total[i];
-    }
+struct Part {
+  int64_t first, count;
+  Acc* z;  // [k, stride]
+};
+
+// Appends a part, first adding it to the last one while the two are siblings in the tree: neighbours of one size, on
+// its boundary. Which sums there are does not depend on the number of threads. `add` is called with (sum, term).
+template <typename Acc, typename Add>
+void append(std::vector<Part<Acc>>& parts, Part<Acc> part, const Add& add) {
+  for (; !parts.empty(); parts.pop_back()) {
+    const Part<Acc>& left = parts.back();
+    if (left.count != part.count || left.first % (2 * left.count) != 0) break;
+    add(left.z, part.z);
+    part = {left.first, 2 * left.count, left.z};
+  }
+  parts.push_back(part);
+}
+
+template <typename Acc>
+void add_columns(Acc* sum, const Acc* term, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) sum[j] += term[j];
+}
+
+// out [n, k] = the sum of all parts, their groups in order.
+template <typename Acc>
+void reduce_z(const std::vector<Part<Acc>>& parts, int64_t stride, int64_t n, int64_t k, int64_t grain, Acc* out) {
+  std::vector<std::pair<Acc*, const Acc*>> sums;
+  const auto note = [&](Acc* sum, const Acc* term) { sums.emplace_back(sum, term); };
+  std::vector<Part<Acc>> rest;
+  for (const Part<Acc>& part : parts) append(rest, part, note);
+  for (size_t i = 1; i < rest.size(); ++i) note(rest[0].z, rest[i].z);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t from, int64_t to) {
+    constexpr int64_t kStep = 64;
+    for (int64_t j = from; j < to; j += kStep)
+      for (int64_t c = 0; c < k; ++c) {
+        const int64_t at = c * stride + j, count = std::min(kStep, to - j);
+        for (const auto& [sum, term] : sums) add_columns(sum + at, term + at, count);
+        for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = rest[0].z[at + i];
+      }
+  });
 }
 
 template <typename Acc, typename Kernel>
@@ -158,21 +205,26 @@ Totals run(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, 
   // Memory for each group, of which a thread touches the share of the first group it serves.
   const auto scratch_memory = allocate<char>(groups * (delta_size + 2 * gathered_size));
   std::vector<Totals> totals(groups);
+  std::vector<std::vector<Part<Acc>>> parts_from(groups);  // by the first group of the thread
   const bool small = m * n * (k + 8) < (int64_t{1} << 20);
   torch::stable::parallel_for(0, groups, small ? groups : 1, [&](int64_t from, int64_t to) {
     char* memory = scratch_memory.get() + from * (delta_size + 2 * gathered_size);
     const Scratch<Acc> scratch{reinterpret_cast<Acc*>(memory),
                                {memory + delta_size, memory + delta_size + gathered_size}};
+    std::vector<Part<Acc>> parts;
     for (int64_t g = from; g < to; ++g) {
       Totals own;  // not in place: neighbours' totals share a cache line
-      kernel(job, g * panels / groups * kPanel, std::min(m, (g + 1) * panels / groups * kPanel), scratch,
-             z_parts.get() + g * k * stride, own);
+      // Where a sibling's was before it was added: a partial Z per level of the tree stays in the cache.
+      Acc* part = z_parts.get() + (from + parts.size()) * k * stride;
+      kernel(job, g * panels / groups * kPanel, std::min(m, (g + 1) * panels / groups * kPanel), scratch, part, own);
       totals[g] = own;
+      append(parts, {g, 1, part}, [&](Acc* sum, const Acc* term) { add_columns(sum, term, k * stride); });
     }
+    parts_from[from] = std::move(parts);
   });
-  torch::stable::parallel_for(0, n, small ? n : 1024, [&](int64_t from, int64_t to) {
-    reduce_z(z_parts.get(), groups, stride, k, from, to, z_out);
-  });
+  std::vector<Part<Acc>> parts;
+  for (const auto& own : parts_from) parts.insert(parts.end(), own.begin(), own.end());
+  reduce_z(parts, stride, n, k, small ? n : 1024, z_out);
   Totals sum;
   for (const Totals& part : totals) {
     sum.frobenius_sq += part.frobenius_sq;
