@@ -202,11 +202,13 @@ def _depth_bar(figure: Figure, panels: Sequence[Any], numbers: Sequence[int]) ->
 
 @_styled
 def layer_maps(deltas: Mapping[str, TensorDelta], rank: int | None = None) -> Figure | None:
-    """Frobenius norm of each delta, layer by projection, and under it the share of its energy that is captured.
+    """Frobenius norm of each delta, layer by projection, and under it what its triplets say of it.
+
+    That is the share of its energy that `rank` of them capture; where a rule chose how many to keep, that number.
 
     Args:
         deltas: `DeltaSVD`, or any mapping from names to deltas. Experts of a layer count together.
-        rank: triplets asked for, to be named in the title.
+        rank: triplets of every delta; None: as many as a rule kept of each.
 
     Returns:
         The figure; None where less than two cells would be there.
@@ -219,20 +221,23 @@ def layer_maps(deltas: Mapping[str, TensorDelta], rank: int | None = None) -> Fi
     rows = [label for label in groups if label in kept]
     numbers = sorted({layer for label in rows for layer in groups[label]})
     norms = torch.full((len(rows), len(numbers)), torch.nan, dtype=torch.float64)
-    shares = norms.clone()
+    counts = norms.clone()
     for i, label in enumerate(rows):
         for layer, found in groups[label].items():
             norms[i, numbers.index(layer)] = norm_of(found)
-            shares[i, numbers.index(layer)] = 100 * energy_of(found)
+            told = 100 * energy_of(found) if rank is not None else max(delta.rank for delta in found) or math.nan
+            counts[i, numbers.index(layer)] = told
     each = min(0.3, 5.0 / len(rows))
     height = max(each * len(rows), 0.6)
     figure = _figure(2 * height + 1.75)
     upper, lower = figure.subplots(2, 1, sharex=True)
     more = f", the {len(rows)} projections of largest delta of {len(groups)}" if len(rows) < len(groups) else ""
-    triplets = "the triplets" if rank is None else f"the {rank} leading triplets"
     _map(upper, norms, f"Frobenius norm of the delta{more}", "norm", "Blues", _scale(norms), numbers, rows, height)
-    title = f"Share of its squared norm that {triplets} hold"
-    _map(lower, shares, title, "percent", "Oranges", (0.0, 100.0, False), numbers, rows, height)
+    if rank is not None:
+        title, unit, top = f"Share of its squared norm that the {rank} leading triplets hold", "percent", 100.0
+    else:
+        title, unit, top = "Triplets that were kept", "number", max(float(counts.nan_to_num().max()), 1.0)
+    _map(lower, counts, title, unit, "Oranges", (0.0, top, False), numbers, rows, height)
     upper.tick_params(labelbottom=False)
     lower.set_xlabel("layer")
     return figure
@@ -269,7 +274,7 @@ def _map(
     axes.set_yticks([i - 0.5 for i in range(1, len(rows))], minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8 if len(numbers) <= 40 else 0.3)
     width = (WIDTH - 3.0) / len(numbers)
-    texts = [[_short(value) for value in row] for row in values.tolist()]
+    texts = [[_short(value, whole=unit == "number") for value in row] for row in values.tolist()]
     letters = max(len(text) for row in texts for text in row)
     points = min(8.5, 72 * width / (0.68 * max(letters, 3)), 46 * height / len(rows))
     if points >= 6:
@@ -289,13 +294,11 @@ def _tail(text: str, most: int) -> str:
     return text if len(text) <= most else "\N{HORIZONTAL ELLIPSIS}" + text[1 - most :]
 
 
-def _short(value: float) -> str:
+def _short(value: float, *, whole: bool) -> str:
     """Two or three digits."""
     if math.isnan(value):
         return ""
-    if value == 0:
-        return "0"
-    return f"{value:.0f}" if 10 <= value < 1000 else f"{value:#.2g}"
+    return f"{value:.0f}" if whole or value == 0 or 10 <= value < 1000 else f"{value:#.2g}"
 
 
 @_styled

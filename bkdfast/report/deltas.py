@@ -370,7 +370,7 @@ def _layers(figure: Figure | None) -> str:
     return "<h2>Layer by layer</h2>" + section(
         "Where in the model fine-tuning changed most.",
         figure,
-        "Norm of the delta and share of energy captured, by layer and projection",
+        "Norm of the delta and what its triplets capture, by layer and projection",
         "Projections in the order of the data's flow. Grey: not compared; in the lower map also unchanged. The experts "
         "of a layer count together.",
     )

@@ -225,6 +225,17 @@ def test_maps_have_a_column_a_layer_in_the_order_of_the_model():
                 assert norms[row, layer] == delta.frobenius and shares[row, layer] == pytest.approx(100 * delta.energy)
 
 
+def test_the_lower_map_has_numbers_of_triplets_where_a_rule_chose_them():
+    result = make_result(layers=3, projections=WRITERS)
+    name = "model.layers.1.mlp.down_proj.weight"
+    result.tensors[name] = result[name].leading(2)
+    lower = delta_plots.layer_maps(result).axes[1]
+    others = max(delta.rank for delta in result.values())
+    assert lower.get_title("left") == "Triplets that were kept"
+    assert sorted(lower.images[0].get_array().ravel().tolist()) == [2, *[others] * 5]
+    assert {text.get_text() for text in lower.texts} == {"2", str(others)}
+
+
 def test_a_vision_tower_is_told_from_the_language_model():
     text = make_result(layers=2, projections=WRITERS, template="language_model.model.layers.{}.{}.weight")
     tower = make_result(layers=3, projections=WRITERS, template="vision_tower.encoder.layers.{}.{}.weight")
