@@ -24,19 +24,23 @@ from bkdfast.ops.delta_sketch import delta_sketch, sketch_dtype
 from bkdfast.svd.certificate import angles
 from bkdfast.svd.krylov import (
     FLOOR,
+    HUGE,
+    SIGNAL,
+    TINY,
     Triplets,
     block_width,
     dense,
     leading_triplets,
+    norm_by_gram,
     project_out,
     promising,
     signed,
     space_limits,
 )
-from bkdfast.svd.numerics import full_precision, threads
+from bkdfast.svd.numerics import full_precision, svd, threads
 
 _FIRST = 3  # passes before the host looks; fewer are enough for hardly any delta
-_ORTHONORMAL = 1e-6  # Q is rounded to float32
+_SKEWED = 16.0  # times the rounding of Q's entries: what is not orthonormal to that has broken down
 
 
 def batched_triplets(
@@ -50,14 +54,14 @@ def batched_triplets(
     ignore_below: Sequence[float],
     backend: str | None = None,
 ) -> list[Triplets]:
-    """The `rank` leading singular triplets of each `w1[i] - w0[i]`, as `leading_triplets` gives them; its own for one.
+    """The `rank` leading singular triplets of each `w1[i] - w0[i]`, as `leading_triplets` gives them, up to rounding.
 
     Args:
         w0: B base weights `[m, n]`, on one device.
         w1: B tuned weights `[m, n]`, on that device.
         rank: number of triplets, at most min(m, n).
         tolerance: as of `leading_triplets`.
-        max_passes: reads of both matrices of a pair at most.
+        max_passes: reads of both matrices of a pair at most. Three are made before the first look.
         seeds: of the B random start blocks.
         ignore_below: for each pair, triplets of smaller singular values cost no pass.
         backend: of `delta_sketch`.
@@ -131,27 +135,29 @@ class _View:
 
     def judge(self, rank: int, tolerance: float, ignore_below: float, spent: bool) -> _View:
         """Whether this pair is done, after as many passes as it has had."""
-        if not (1e-12 < self.frobenius < 1e12) or not self.skewed <= _ORTHONORMAL:
-            return replace(self, verdict="alone")
         eps, width = torch.finfo(self.dtype).eps, len(self.start)
+        if not TINY < self.frobenius < HUGE or not self.skewed <= max(_SKEWED * eps, 1e-12):
+            return replace(self, verdict="alone")
         floor = FLOOR * eps * self.frobenius
-        left, ritz, wt = torch.linalg.svd(self.r)
+        left, ritz, right = svd(self.r)
         k = min(rank, int((ritz > floor).sum()))
         if k < rank:
             return replace(self, verdict="alone")
-        s, w = ritz[:k], wt[:k].T
-        off = (self.inside @ w - w * s.square()).square().sum(0) + (w * (self.outside @ w)).sum(0).clamp(min=0)
-        residual = off.sqrt() / s
+        s, w = ritz[:k], right[:, :k]
+        inside = torch.linalg.vector_norm(self.inside @ w - w * s.square(), dim=0)
+        residual = torch.hypot(inside, norm_by_gram(self.outside, w)) / s
         uncertainty = floor * torch.linalg.vector_norm(self.size[:, None] * w, dim=0) / s
         failing = (residual > tolerance * s + floor) & (s > ignore_below)
         if bool(failing.any()) and not spent:
             realign = bool((residual <= uncertainty)[failing].all())
             return replace(self, verdict="alone" if realign else "more")
         newest = self.outside[-width:, -width:]
-        limits = space_limits(self.r, [width] * self.passes, newest, self.start, self.size, floor)
+        exhausted = bool((newest.diagonal().sqrt() <= SIGNAL * floor * self.size[-width:]).all())
+        blocks = [width] * self.passes
+        limits = space_limits(self.r, blocks, None if exhausted else newest, self.start, self.size, floor)
         bounds = angles(ritz, residual + uncertainty, limits, floor, eps)
         wanted = int((s > ignore_below).sum())
-        more = not spent and promising(bounds, ritz, wanted, len(limits), tolerance, floor)
+        more = not spent and not exhausted and promising(bounds, ritz, wanted, len(limits), tolerance, floor)
         none = torch.empty(0)
         return replace(
             self,

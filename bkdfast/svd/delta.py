@@ -23,7 +23,7 @@ from bkdfast.svd.stored import factored, from_unit, open_store, refuse_other_inp
 from bkdfast.svd.stream import Stream
 
 ARTIFACT = "delta_svd.safetensors"
-_BATCH = 16  # pairs on a GPU that are computed together
+_BATCH_BYTES = 2 << 30  # of a GPU's memory, for pairs that are computed together
 
 
 def delta_plan(
@@ -83,7 +83,9 @@ def delta_svd(
 
     Checkpoints are read pair by pair, the largest first; a thread reads the next pair while one is computed. Under
     `torchrun` (with `out`) the processes share the tensors, and each returns the whole result, bit for bit that of one
-    process. Of two models in one GPU's memory, weights of one shape are computed together (`bkdfast.svd.batched`).
+    process. Of two models in one GPU's memory, one process computes weights of one shape together
+    (`bkdfast.svd.batched`), in groups that take up to 2 GiB of it; several processes do not, and get the same up to
+    rounding.
 
     Args:
         base: the model before fine-tuning: an `nn.Module`, a local folder of safetensors files, or the hub id of a
@@ -164,9 +166,7 @@ def delta_svd(
     # Of several processes none knows which unit it draws next; they read while others compute.
     read = [unit for unit in range(len(order)) if unit not in done and not factored(found.items[order[unit]], sources)]
     left = [] if units.place()[1] > 1 else [order[unit] for unit in read]
-    together = _batches(
-        [found.items[position] for position in order], sources, None if device is None else torch.device(device)
-    )
+    together = _batches([found.items[position] for position in order], sources, settings)
     ready: dict[int, dict[str, Tensor]] = {}
     deltas: dict[str, TensorDelta] = {}
     digests: dict[str, tuple[bytes, bytes]] = {}
@@ -181,7 +181,8 @@ def delta_svd(
                 pairs = {u: (found.items[order[u]], stream.take(order[u])) for u in together.get(unit, (unit,))}
                 made = settings.factor_all([Weights(i.name, p.w0, p.w1, i.note, p.same) for i, p in pairs.values()])
                 for (u, (i, p)), delta in zip(pairs.items(), made, strict=True):
-                    ready[u] = to_unit(delta, p.digests, stamp_of(i, sources))
+                    if u not in done:
+                        ready[u] = to_unit(delta, p.digests, stamp_of(i, sources))
             return ready.pop(unit)
 
         run = units.run_units(
@@ -247,18 +248,21 @@ def warn_capped(deltas: Iterable[TensorDelta], rule: Rule) -> None:
         )
 
 
-def _batches(items: Sequence[Item], sources: tuple[WeightSource, WeightSource], device: object) -> dict[int, list[int]]:
+def _batches(
+    items: Sequence[Item], sources: tuple[WeightSource, WeightSource], settings: Settings
+) -> dict[int, list[int]]:
     """Units that are computed together, by each of them: pairs of one kind that are in one GPU's memory already.
 
     They do not depend on what is finished, so that a run that goes on computes what one run would have.
     """
+    wanted = None if settings.device is None else torch.empty(0, device=settings.device).device  # cuda is cuda:0
     groups: dict[tuple, list[list[int]]] = {}
     for unit, item in enumerate(items):
         sides = [_on_gpu(source, name) for source, name in zip(sources, (item.base, item.tuned), strict=True)]
-        if units.place()[1] > 1 or sides[0] is None or sides[0] != sides[1] or device not in (None, sides[0]):
+        if units.place()[1] > 1 or sides[0] is None or sides[0] != sides[1] or wanted not in (None, sides[0]):
             continue
         parts = groups.setdefault((item.shape, *sides, sources[0].dtype(item.base), sources[1].dtype(item.tuned)), [[]])
-        if len(parts[-1]) == _BATCH:
+        if len(parts[-1]) >= max(1, _BATCH_BYTES // settings.batch_work(item)):
             parts.append([])
         parts[-1].append(unit)
     return {unit: part for parts in groups.values() for part in parts for unit in part}

@@ -30,7 +30,7 @@ from torch import Tensor
 from bkdfast.errors import NonFiniteError
 from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
 from bkdfast.svd.certificate import Angles, angles, upper_limits
-from bkdfast.svd.numerics import full_precision, threads
+from bkdfast.svd.numerics import full_precision, svd, threads
 
 DENSE_SIDE = 256
 _OVERSAMPLING = 8
@@ -38,9 +38,12 @@ _WIDTH = 16
 # Rounding of a column of D X in units of eps ||D||_F: at most 1 in float32 trials of 300 to 4096 columns, doubled.
 FLOOR = 2.0
 # Directions of the next block with less than this many times the rounding of Z are rounding.
-_SIGNAL = 4.0
+SIGNAL = 4.0
+# Degree of the certificate's polynomials in an invariant space: higher ones gain little, and lose to rounding.
+_DEGREE = 8
 # A gap between squared singular values, relative to the larger one, that is worth further passes to certify.
 _GAP = 0.05
+TINY, HUGE = 1e-12, 1e12  # Frobenius norms that need no scale
 _CHECKED = 1 << 22  # elements whose finiteness is checked at a time
 
 
@@ -132,7 +135,7 @@ def block_width(rank: int) -> int:
 
 
 class _Operator:
-    """`delta_sketch` of one pair: scaled so that Z = D^T D X neither overflows nor vanishes, results in float64."""
+    """`delta_sketch` of `scale` times the delta, a power of two that keeps squares in range; results in float64."""
 
     def __init__(self, w0: Tensor, w1: Tensor, backend: str | None, callers: int) -> None:
         self.w0, self.w1, self.backend, self.callers = w0, w1, backend, callers
@@ -144,12 +147,12 @@ class _Operator:
         with threads(self.callers):
             sketch = delta_sketch(self.w0, self.w1, (x * self.scale).to(self.dtype), backend=self.backend)
         self.passes += 1
-        return sketch.y.double() / self.scale, sketch.z.double() / self.scale, sketch
+        return sketch.y.double(), sketch.z.double() * self.scale, sketch
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor, float, int]:
         y, z, sketch = self(x)
         frobenius, changed = _norm_and_count(sketch)
-        if frobenius > 0 and not 1e-12 < frobenius < 1e12:
+        if frobenius > 0 and not TINY < frobenius < HUGE:
             self.scale = 2.0 ** -round(math.log2(frobenius))
             y, z, _ = self(x)
         return y, z, frobenius, changed
@@ -181,21 +184,28 @@ class _Basis:
         self.blocks.append(q.shape[1])
         self._rest = None
 
-    def limits(self) -> Tensor:
-        """Upper bounds on the squared singular values; of the start block's basis only."""
+    def limits(self, *, invariant: bool = False) -> Tensor:
+        """Upper bounds on the squared singular values; of the start block's basis only.
+
+        `invariant`: what the newest Z adds to Q is only rounding.
+        """
         assert self.start is not None
-        outside = self.rest()
-        return space_limits(self.r, self.blocks, outside.T @ outside, self.start, self.size, self.noise)
+        outside = None if invariant else self.rest().T @ self.rest()
+        return space_limits(self.r, self.blocks, outside, self.start, self.size, self.noise)
 
     @property
     def single(self) -> bool:
         """One block only."""
         return len(self.blocks) == 1
 
+    @property
+    def room(self) -> int:
+        """Columns that P may still get: its rows are no more."""
+        return max(self.p.shape[0] - self.q.shape[1], 0)
+
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """U_R, s, W with R = U_R diag(s) W^T."""
-        u, s, wt = torch.linalg.svd(self.r)
-        return u, s, wt.T
+        return svd(self.r)
 
     def residual(self, s: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """`||D^T u - s v||` of the given Ritz triplets from the stored Z, and its uncertainty by rounding."""
@@ -215,9 +225,8 @@ class _Basis:
         size = self.size[-self.blocks[-1] :]
         # In units of its own rounding, a weak column counts like a strong one.
         rest = self.rest() / (self.noise * size).clamp(min=torch.finfo(size.dtype).tiny)
-        block, signal, _ = torch.linalg.svd(rest, full_matrices=False)
-        room = self.p.shape[0] - self.q.shape[1]
-        block = block[:, : min(int((signal > _SIGNAL).sum()), max(room, 0))]
+        block, signal, _ = svd(rest)
+        block = block[:, : min(int((signal > SIGNAL).sum()), self.room)]
         # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q. Without that it
         # is nearly orthonormal, and Cholesky makes it so.
         block = block - self.q @ (self.q.T @ block)
@@ -234,7 +243,8 @@ def _iterate(
     y, z, frobenius, changed = operator.first(x)
     if frobenius == 0:
         return _nothing(m, n, operator.dtype, changed, operator.passes)
-    floor = FLOOR * torch.finfo(operator.dtype).eps * frobenius
+    scale = operator.scale
+    floor, ignore_below = FLOOR * torch.finfo(operator.dtype).eps * frobenius * scale, ignore_below * scale
     basis = _Basis(x, y, z, floor, start)
     limits = basis.z.new_full((1,), math.inf).cpu()
     while True:
@@ -263,43 +273,58 @@ def _iterate(
             if basis.start is not None:  # they are of D, and outlive the basis
                 limits = basis.limits()
             basis = _realign(basis, operator, width)
-        else:
+        else:  # what is left is rounding
+            stuck = basis.room == 0
+            if basis.start is not None and not stuck:
+                limits, eps = basis.limits(invariant=True), torch.finfo(operator.dtype).eps
+                bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, eps)
             break
     return Triplets(
-        *finish(basis.p @ u[:, :k], s, basis.q @ w, operator.dtype),
-        residual=(residual + uncertainty).cpu(),
+        *finish(basis.p @ u[:, :k], s / scale, basis.q @ w, operator.dtype),
+        residual=(residual + uncertainty).cpu() / scale,
         frobenius=frobenius,
         changed=changed,
         passes=operator.passes,
-        converged=not bool(failing.any()),
+        converged=not stuck,
         angles=bounds,
     )
 
 
 def space_limits(
-    r: Tensor, blocks: Sequence[int], outside: Tensor, start: Tensor, size: Tensor, noise: float
+    r: Tensor, blocks: Sequence[int], outside: Tensor | None, start: Tensor, size: Tensor, noise: float
 ) -> Tensor:
     """Upper bounds on the squared singular values, from a Krylov space and its random start block.
 
     Rounding, and directions left out as rounding, keep `D^T D Q = Q T` + the rest of the newest block from holding; for
-    a matrix within `slack` of D^T D it holds exactly, with a block tridiagonal T. The bounds are for that one.
+    a matrix within `slack` of D^T D it holds exactly, with a block tridiagonal T. The bounds are for that one, as if it
+    did not depend on the start block: its singular vectors do where values are closer than `slack`, and there the
+    probability is not proven.
 
     Args:
         r: R of `D Q = P R`, `[N, N]`.
         blocks: widths of the blocks of Q.
-        outside: Gram matrix of what the newest Z adds to Q.
+        outside: Gram matrix of what the newest Z adds to Q; None: only rounding. Q is an invariant space then, in which
+            polynomials of any degree are known.
         start: the Gaussian start block in terms of the first block of Q, `[w, w]`.
         size: norms of the columns of `D Q`, `[N]`.
         noise: rounding of a column of D X.
     """
-    slack = 2 * (_SIGNAL + 1) * noise * float(torch.linalg.vector_norm(size))
+    slack = 2 * (SIGNAL + 1) * noise * float(torch.linalg.vector_norm(size))
     block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)).to(r.device)
     theta, w = torch.linalg.eigh((r.T @ r) * ((block[:, None] - block).abs() <= 1))
     theta, w = theta.flip(0).clamp(min=0), w.flip(1)
     share = (w[: len(start)].T @ start).square().sum(1)
-    newest = w[-blocks[-1] :]
-    missing = (newest * (outside @ newest)).sum(0).clamp(min=0).sqrt() / theta.sqrt().clamp(min=slack)
+    if outside is None:
+        degree = max(len(blocks) - 1, _DEGREE)
+        return upper_limits(theta, share, torch.zeros_like(theta), start.shape[1], degree, slack)
+    missing = norm_by_gram(outside, w[-blocks[-1] :]) / theta.sqrt().clamp(min=slack)
     return upper_limits(theta, share, missing, start.shape[1], len(blocks) - 1, slack)
+
+
+def norm_by_gram(gram: Tensor, w: Tensor) -> Tensor:
+    """Norms of the columns of `A w`, at most, from `A^T A` `[N, N]` float64: with what cancels in it."""
+    lost = torch.finfo(gram.dtype).eps * len(gram) * (gram.diagonal().sqrt() @ w.abs()).square()
+    return ((w * (gram @ w)).sum(0).clamp(min=0) + lost).sqrt()
 
 
 def promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: float, floor: float) -> bool:
@@ -329,14 +354,10 @@ def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
     if frobenius == 0:
         return _nothing(m, n, dtype, changed, passes=1)
     delta = w1.double() - w0.double()
-    if m < n:  # LAPACK takes a third of the time for the tall side of the two
-        v, s, ut = torch.linalg.svd(delta.T, full_matrices=False)
-        u, vt = ut.T, v.T
-    else:
-        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    u, s, v = svd(delta)
     values = s.cpu()
     k = min(rank, int((s > FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
-    u, s, v = u[:, :k], s[:k], vt[:k].T
+    u, s, v = u[:, :k], s[:k], v[:, :k]
     residual = torch.linalg.vector_norm(delta.T @ u - s * v, dim=0)
     rounding = FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v
     return Triplets(

@@ -19,7 +19,7 @@ from bkdfast.svd.adapter import Adapter, Part, base_of, check_layer, find_adapte
 from bkdfast.svd.certificate import angles
 from bkdfast.svd.krylov import FLOOR, finish, known_limits
 from bkdfast.svd.names import match_names, tensor_digest
-from bkdfast.svd.numerics import threads
+from bkdfast.svd.numerics import svd, threads
 from bkdfast.svd.result import TensorDelta
 from bkdfast.svd.rule import Rule
 from bkdfast.svd.source import ModuleSource, WeightSource, open_source
@@ -311,7 +311,7 @@ def factor_product(
     with threads(1), torch.no_grad():
         q1, r1 = torch.linalg.qr(left)  # [m, r], [r, r]
         q2, r2 = torch.linalg.qr(right.T)  # [n, r], [r, r]
-        u, s, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+        u, s, v = svd(r1 @ r2.T)
         norms = float(torch.linalg.matrix_norm(r1) * torch.linalg.matrix_norm(r2)) if len(s) else 0.0
         floor = 8 * torch.finfo(torch.float64).eps * norms
         real = int((s > floor).sum())
@@ -321,7 +321,7 @@ def factor_product(
             notes.append(f"rank clipped to {real}, that of the LoRA")
         if capped:
             notes.append(capped)
-        u, v = q1 @ u[:, :k], q2 @ vt[:k].T
+        u, v = q1 @ u[:, :k], q2 @ v[:, :k]
         residual = torch.linalg.vector_norm(right.T @ (left.T @ u) - s[:k] * v, dim=0)
     rows, columns = int((left != 0).any(1).sum()), int((right != 0).any(0).sum())
     rounding = floor + FLOOR * torch.finfo(dtype).eps * frobenius  # of the returned u and v

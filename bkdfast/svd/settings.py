@@ -67,6 +67,10 @@ class Settings:
         ranks = self.rule.ranks(m, n)
         return max(self._work(m, n, rank) for rank in ranks), 4 * ranks[-1] * (m + n + 10)
 
+    def batch_work(self, item: Item) -> int:
+        """Bytes that an item takes in a batch, beside its tensors, at most."""
+        return 5 * self.work(item)[0]
+
     def _work(self, m: int, n: int, rank: int) -> int:
         if dense(m, n, rank):
             return 6 * 8 * m * n

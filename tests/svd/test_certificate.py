@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bkdfast.svd import krylov
+from bkdfast.svd.batched import batched_triplets
 from bkdfast.svd.certificate import kernel_polynomial, least_singular_value
 from bkdfast.svd.krylov import leading_triplets
 from tests.svd.matrices import FP64, with_spectrum
@@ -125,3 +126,15 @@ def test_how_many_passes_a_certificate_takes(kind, passes):
     for seed in range(5):
         found = leading_triplets(torch.zeros_like(w1), w1, rank=8, seed=seed)
         assert found.passes <= passes and found.angles.subspace.max() <= 1e-4
+
+
+@pytest.mark.parametrize(("rank", "s"), [(20, 0.9 ** torch.arange(32)), (6, torch.linspace(2, 1, 16))])
+@pytest.mark.parametrize("many", [False, True])
+def test_all_vectors_of_a_delta_of_low_rank_are_certified(rank, s, many):
+    """Of more than were asked for, so that there is something to be missed; nothing is left to iterate on."""
+    w1 = with_spectrum(512, 600, s.double()).float()
+    w0 = torch.zeros_like(w1)
+    found = leading_triplets(w0, w1, rank=rank)
+    if many:
+        (found, _) = batched_triplets([w0] * 2, [w1] * 2, rank=rank, seeds=[0, 1], ignore_below=[0.0] * 2)
+    assert found.passes <= 4 and found.angles.subspace.max() <= 1e-4

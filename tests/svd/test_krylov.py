@@ -6,6 +6,7 @@ import torch
 from bkdfast.errors import NonFiniteError
 from bkdfast.svd import krylov
 from bkdfast.svd.krylov import leading_triplets
+from bkdfast.svd.numerics import svd
 from tests.svd.matrices import FP64, pair, sin_theta, with_spectrum
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -243,3 +244,35 @@ def test_next_block_is_orthogonal_to_the_basis_however_little_a_direction_adds()
     assert block.shape[1] == 16
     assert (q.T @ block).abs().max() < 1e-14
     assert (block.T @ block - torch.eye(16)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("unit", [1e-80, 1e80])
+def test_any_unit_in_float64(unit):
+    """Squares of singular values leave the range of float64, unless the delta is scaled throughout."""
+    delta = with_spectrum(400, 300, powers(0.8, 300)) * unit
+    found = leading_triplets(torch.zeros_like(delta), delta, rank=6)
+    want = leading_triplets(torch.zeros_like(delta), delta / unit, rank=6)
+    torch.testing.assert_close(found.s / unit, want.s)
+    assert found.frobenius == pytest.approx(unit * want.frobenius)
+    assert (found.residual / found.s).tolist() == pytest.approx((want.residual / want.s).tolist(), rel=1)
+    assert found.angles.subspace.tolist() == pytest.approx(want.angles.subspace.tolist(), rel=1)
+
+
+def test_lapack_gives_up_on_some_matrices(monkeypatch):
+    """With repeated singular values; it then gets other forms of the same matrix."""
+    torch.manual_seed(0)
+    x, inner, calls = torch.randn(5, 7, dtype=FP64), torch.linalg.svd, []
+
+    def fails(matrix, **options):
+        calls.append(tuple(matrix.shape))
+        if len(calls) < 3:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return inner(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    u, s, v = svd(x)
+    torch.testing.assert_close((u * s) @ v.T, x)
+    assert calls == [(7, 5), (5, 7), (5, 5)]
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: (_ for _ in ()).throw(torch.linalg.LinAlgError("no")))
+    with pytest.raises(torch.linalg.LinAlgError):
+        svd(x)
