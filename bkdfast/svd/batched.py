@@ -154,7 +154,7 @@ class _View:
         newest = self.outside[-width:, -width:]
         exhausted = bool((newest.diagonal().sqrt() <= SIGNAL * floor * self.size[-width:]).all())
         blocks = [width] * self.passes
-        limits = space_limits(self.r, blocks, None if exhausted else newest, self.start, self.size, floor)
+        limits = space_limits(self.r, blocks, None if exhausted else newest, self.start, self.size, floor, k)
         bounds = angles(ritz, residual + uncertainty, limits, floor, eps)
         wanted = int((s > ignore_below).sum())
         more = not spent and not exhausted and promising(bounds, ritz, wanted, len(limits), tolerance, floor)

@@ -37,7 +37,8 @@ from torch import Tensor
 FAILURE = 1e-6
 """Probability, over the start block, that some bound of a tensor does not hold."""
 _LEAST_OVERSAMPLING = 4  # columns of the start block beyond the longest run of vectors
-_PLACES = 40  # at which a limit is tried between two Ritz values
+_PLACES = 16  # at which a limit is tried between two Ritz values
+_SHARPER = 4  # limits that get the sharper look
 _LEAKS = (0.25, 1.0, 4.0)  # second sum over the first that delta_i are chosen for: less leakage, more in a cluster
 
 
@@ -55,22 +56,23 @@ class Angles(NamedTuple):
     dimension: Tensor
 
 
-def upper_limits(theta: Tensor, share: Tensor, outside: Tensor, width: int, degree: int, slack: float) -> Tensor:
+def upper_limits(theta: Tensor, rows: Tensor, outside: Tensor, degree: int, slack: float, k: int) -> Tensor:
     """Upper bounds on `sigma_{j+1}^2`, j = 0, 1, ..., that all hold but for a probability of `FAILURE`.
 
     Args:
         theta: Ritz values (squared singular values) `[N]`, descending.
-        share: `|b|^2 [N]`, squared norm of each Ritz vector's row of the Gaussian start block.
+        rows: b `[N, w]`, each Ritz vector's row of the Gaussian start block.
         outside: norm of the part of `D^T u` outside the Krylov space, for each left Ritz vector u `[N]`.
-        width: w, columns of that block.
         degree: degree of the polynomials: number of Krylov blocks - 1.
         slack: added for rounding of the Krylov space, in units of theta.
+        k: the limits from entry k on, which bound the span of the vectors that are asked for, get a sharper look.
 
     Returns:
         `[J]` float64, J = w - 4; infinite where nothing below the j-th Ritz value can be said. (Entry 0 would bound the
         norm of D, and is infinite.)
     """
-    theta, share, outside = theta.double().cpu(), share.double().cpu(), outside.double().cpu()
+    theta, rows, outside = theta.double().cpu(), rows.double().cpu(), outside.double().cpu()
+    share, width = rows.square().sum(1), rows.shape[1]
     count = max(min(width - _LEAST_OVERSAMPLING, len(theta)), 1)
     limits = torch.full((count,), math.inf, dtype=torch.float64)
     if count == 1:
@@ -84,6 +86,9 @@ def upper_limits(theta: Tensor, share: Tensor, outside: Tensor, width: int, degr
     kernel = kernel_polynomial(theta, theta * share * below, degree, at)  # [J, A, N], p(a) = 1
     size = kernel * (theta * share).sqrt()
     rest = (size * below[:, None]).square().sum(2).sqrt()[:, :, None]  # [J, A, 1]
+    some = slice(k - 1, k - 1 + _SHARPER)
+    weights = (kernel[some].square() * theta * below[some, None]).flatten(0, 1)  # [S A, N]
+    rest[some] = torch.minimum(rest[some], _row_norm(weights, rows).view_as(rest[some]))
     above, theta, outside = ~below[:, None, : count - 1], theta[: count - 1], outside[: count - 1]  # [J, 1, I]
     size = size[:, :, : count - 1].abs()
     proven = torch.zeros_like(at, dtype=torch.bool)
@@ -97,6 +102,17 @@ def upper_limits(theta: Tensor, share: Tensor, outside: Tensor, width: int, degr
     first = proven.int().argmax(1, keepdim=True)
     limits[1:] = torch.where(proven.any(1), at.gather(1, first)[:, 0] + slack, math.inf)
     return limits
+
+
+def _row_norm(weights: Tensor, rows: Tensor) -> Tensor:
+    """Spectral norms of the matrices with rows `sqrt(weights_i) b_i`, at most: `(sum_i s_i^8)^(1/8)`.
+
+    Args:
+        weights: `[L, N]`.
+        rows: b `[N, w]`.
+    """
+    gram = torch.einsum("ln,nv,nw->lvw", weights, rows, rows)
+    return torch.linalg.matrix_norm(gram @ gram).pow(0.25)
 
 
 def least_singular_value(rows: int, columns: int, failure: float) -> float:

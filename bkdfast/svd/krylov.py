@@ -184,14 +184,14 @@ class _Basis:
         self.blocks.append(q.shape[1])
         self._rest = None
 
-    def limits(self, *, invariant: bool = False) -> Tensor:
-        """Upper bounds on the squared singular values; of the start block's basis only.
+    def limits(self, k: int, *, invariant: bool = False) -> Tensor:
+        """Upper bounds on the squared singular values, for k vectors; of the start block's basis only.
 
         `invariant`: what the newest Z adds to Q is only rounding.
         """
         assert self.start is not None
         outside = None if invariant else self.rest().T @ self.rest()
-        return space_limits(self.r, self.blocks, outside, self.start, self.size, self.noise)
+        return space_limits(self.r, self.blocks, outside, self.start, self.size, self.noise, max(k, 1))
 
     @property
     def single(self) -> bool:
@@ -258,7 +258,7 @@ def _iterate(
         spent = operator.passes >= max_passes
         # While residuals fail and more is to come, nobody asks for the limits.
         if basis.start is not None and (spent or only_rounding or not stuck):
-            limits = basis.limits()
+            limits = basis.limits(k)
         bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
         wanted = int((s > ignore_below).sum())
         hopeful = basis.start is not None and promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
@@ -271,12 +271,12 @@ def _iterate(
             basis.append(x, y, z)
         elif stuck and not basis.single:
             if basis.start is not None:  # they are of D, and outlive the basis
-                limits = basis.limits()
+                limits = basis.limits(k)
             basis = _realign(basis, operator, width)
         else:  # what is left is rounding
             stuck = basis.room == 0
             if basis.start is not None and not stuck:
-                limits, eps = basis.limits(invariant=True), torch.finfo(operator.dtype).eps
+                limits, eps = basis.limits(k, invariant=True), torch.finfo(operator.dtype).eps
                 bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, eps)
             break
     return Triplets(
@@ -291,7 +291,7 @@ def _iterate(
 
 
 def space_limits(
-    r: Tensor, blocks: Sequence[int], outside: Tensor | None, start: Tensor, size: Tensor, noise: float
+    r: Tensor, blocks: Sequence[int], outside: Tensor | None, start: Tensor, size: Tensor, noise: float, k: int
 ) -> Tensor:
     """Upper bounds on the squared singular values, from a Krylov space and its random start block.
 
@@ -308,17 +308,18 @@ def space_limits(
         start: the Gaussian start block in terms of the first block of Q, `[w, w]`.
         size: norms of the columns of `D Q`, `[N]`.
         noise: rounding of a column of D X.
+        k: number of vectors that are asked for, at least 1.
     """
     slack = 2 * (SIGNAL + 1) * noise * float(torch.linalg.vector_norm(size))
     block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)).to(r.device)
     theta, w = torch.linalg.eigh((r.T @ r) * ((block[:, None] - block).abs() <= 1))
     theta, w = theta.flip(0).clamp(min=0), w.flip(1)
-    share = (w[: len(start)].T @ start).square().sum(1)
+    rows = w[: len(start)].T @ start
     if outside is None:
         degree = max(len(blocks) - 1, _DEGREE)
-        return upper_limits(theta, share, torch.zeros_like(theta), start.shape[1], degree, slack)
+        return upper_limits(theta, rows, torch.zeros_like(theta), degree, slack, k)
     missing = norm_by_gram(outside, w[-blocks[-1] :]) / theta.sqrt().clamp(min=slack)
-    return upper_limits(theta, share, missing, start.shape[1], len(blocks) - 1, slack)
+    return upper_limits(theta, rows, missing, len(blocks) - 1, slack, k)
 
 
 def norm_by_gram(gram: Tensor, w: Tensor) -> Tensor:
