@@ -162,7 +162,9 @@ def captured(function: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles, in units of the median."""
+    """Half the distance between the quartiles, in units of the median; 0 of one value."""
+    if len(values) == 1:
+        return 0.0
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / (2 * middle)
 
