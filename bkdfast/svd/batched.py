@@ -191,7 +191,9 @@ class _Batch:
         self.frobenius, self.changed = empty.new_empty(len(w0)), empty.new_empty(len(w0))
 
     def step(self) -> None:
-        """One pass over every pair, and the next block; nothing waits for the device."""
+        """The next block of every pair, and a pass over it; nothing waits for the device."""
+        if self.passes:
+            self.x = self._next_block()
         sketches = [
             delta_sketch(self.w0[pair], self.w1[pair], x, backend=self.backend)
             for pair, x in zip(self.members, self.x, strict=True)
@@ -209,11 +211,15 @@ class _Batch:
         self.q, self.z = torch.cat((self.q, self.x.double()), 2), torch.cat((self.z, z), 2)
         self.size = torch.cat((self.size, torch.linalg.vector_norm(y, dim=1)), 1)
         self.passes += 1
+
+    def _next_block(self) -> Tensor:
+        """An orthonormal basis of what the newest Z adds to Q, `[B, n, w]`."""
+        newest = slice(-self.width, None)
         # In units of its own rounding, a weak column counts like a strong one.
-        added, _ = project_out(z / self.size[:, None, -self.width :], self.q)
+        added, _ = project_out(self.z[:, :, newest] / self.size[:, None, newest], self.q)
         block, _ = _cholesky_qr(added)
         block, _ = _cholesky_qr(project_out(block, self.q)[0])
-        self.x = block.to(self.dtype)
+        return block.to(self.dtype)
 
     def views(self) -> list[_View]:
         """What the host needs of every pair: the only transfer."""

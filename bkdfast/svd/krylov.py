@@ -244,22 +244,23 @@ def _iterate(
     if frobenius == 0:
         return _nothing(m, n, operator.dtype, changed, operator.passes)
     scale = operator.scale
-    floor, ignore_below = FLOOR * torch.finfo(operator.dtype).eps * frobenius * scale, ignore_below * scale
+    eps = torch.finfo(operator.dtype).eps
+    floor, ignore_below = FLOOR * eps * frobenius * scale, ignore_below * scale
     basis = _Basis(x, y, z, floor, start)
     limits = basis.z.new_full((1,), math.inf).cpu()
     while True:
-        u, ritz, w = basis.ritz()
+        u, ritz, whole = basis.ritz()
         k = min(rank, int((ritz > floor).sum()))
-        s, w = ritz[:k], w[:, :k]
+        s, w = ritz[:k], whole[:, :k]
         residual, uncertainty = basis.residual(s, w)
         failing = (residual > tolerance * s + floor) & (s > ignore_below)
         stuck = bool(failing.any())
         only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
         spent = operator.passes >= max_passes
         # While residuals fail and more is to come, nobody asks for the limits.
-        if basis.start is not None and (spent or only_rounding or not stuck):
+        if basis.start is not None and (spent or not stuck):
             limits = basis.limits(k)
-        bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, torch.finfo(operator.dtype).eps)
+        bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, eps)
         wanted = int((s > ignore_below).sum())
         hopeful = basis.start is not None and promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
         if spent or (operator.passes > 1 and not stuck and not hopeful):
@@ -272,11 +273,11 @@ def _iterate(
         elif stuck and not basis.single:
             if basis.start is not None:  # they are of D, and outlive the basis
                 limits = basis.limits(k)
-            basis = _realign(basis, operator, width)
+            basis = _realign(basis, whole[:, :width], operator)
         else:  # what is left is rounding
             stuck = basis.room == 0
             if basis.start is not None and not stuck:
-                limits, eps = basis.limits(k, invariant=True), torch.finfo(operator.dtype).eps
+                limits = basis.limits(k, invariant=True)
                 bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, eps)
             break
     return Triplets(
@@ -341,10 +342,9 @@ def promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: flo
     return False
 
 
-def _realign(basis: _Basis, operator: _Operator, width: int) -> _Basis:
-    """A fresh basis of the leading Ritz vectors: one pass, and every column of Z has the size of its own triplet."""
-    _, _, w = basis.ritz()
-    x = _rounded(torch.linalg.qr(basis.q @ w[:, :width])[0], operator.dtype)
+def _realign(basis: _Basis, w: Tensor, operator: _Operator) -> _Basis:
+    """A fresh basis of Ritz vectors `Q w`: one pass, and every column of Z has the size of its own triplet."""
+    x = _rounded(torch.linalg.qr(basis.q @ w)[0], operator.dtype)
     y, z, _ = operator(x)
     return _Basis(x, y, z, basis.noise)
 
