@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import random
 
-import pandas as pd
 import pytest
 import torch
 
 import bkdfast as bf
 from bkdfast.errors import InvalidArgumentError, InvalidTypeError, ModelStateError, NonFiniteError
 from bkdfast.hf.spec import BlockSpec, ModelSpec
-from bkdfast.sweep.ranks import most_in_population, ranked, spearman
+from bkdfast.sweep.ranks import spearman
 from bkdfast.sweep.screen import screen
-from bkdfast.sweep.screened import screened_sweep
 from tests.hf import zoo
 
 FAMILIES = ["llama", "gpt2", "gemma2", "opt", "mixtral", "falcon"]
@@ -443,150 +439,3 @@ def test_everything_says_that_it_is_an_estimate():
     ).facts["estimate"]  # fmt: skip
     with pytest.raises(InvalidArgumentError, match="k=13"):
         found.top(13)
-
-
-# Screened sweeps.
-
-
-def sweep_of(model=None, **options):
-    options = {"edit": bf.Zero(), "metric": bf.metrics.target_logprob(TARGETS), "keep": 3, "check": 4, **options}
-    return screened_sweep(model or zoo.build("llama"), data(), progress=False, **options)
-
-
-def test_exact_and_estimated_values_are_kept_apart():
-    model = zoo.build("llama")
-    found = sweep_of(model)
-    whole = bf.sweep(
-        model, data(), edit=bf.Zero(), metric=bf.metrics.target_logprob(TARGETS), progress=False
-    )  # fmt: skip
-    computed = {*found.kept, *found.sampled}
-    assert len(computed) == 7 and found.kept == tuple(found.screening.top(3, by="size"))
-    assert found.estimate.isfinite().all()
-    for layer in range(zoo.LAYERS):
-        for head in range(zoo.HEADS):
-            if (layer, head) in computed:
-                torch.testing.assert_close(found.exact[layer, head], whole.effects[layer, head], atol=1e-5, rtol=1e-4)
-            else:
-                assert found.exact[layer, head].isnan().all()
-    frame = found.to_pandas()
-    assert len(frame) == 12 and frame.exact.isna().sum() == 5
-    assert frame.chosen.value_counts().to_dict() == {"left out": 5, "sampled": 4, "kept": 3}
-    assert found.top(1)[0] in computed
-    assert "rank correlation of the estimate: kept" in repr(found)
-
-
-def test_the_sample_is_drawn_from_the_others():
-    assert sweep_of().sampled == sweep_of(seed=0).sampled != sweep_of(seed=1).sampled
-    assert len(sweep_of(keep=0.5).kept) == 6
-    everything = sweep_of(keep=10, check=99)
-    assert len(everything.sampled) == 2 and everything.exact.isfinite().all()
-    assert not sweep_of(check=0).sampled
-    for options, message in (
-        ({"keep": 0}, "keep=0"), ({"keep": 1.5}, "keep=1.5"), ({"check": -1}, "check=-1"), ({"by": "big"}, "by='big'"),
-        ({"positions": [0]}, "leave out positions"),
-    ):  # fmt: skip
-        with pytest.raises(InvalidArgumentError, match=message):
-            sweep_of(**options)
-
-
-def test_correlation_and_missed_heads():
-    found = sweep_of(keep=4, check=6)
-    estimate, exact = (
-        pd.Series([abs(float(values[head])) for head in found.sampled])
-        for values in (found.screening.mean, found.sweep.mean)
-    )
-    assert found.correlation("sampled").rho == pytest.approx(
-        pd.concat([estimate, exact], axis=1).corr("spearman").iloc[0, 1]
-    )
-    assert found.correlation("kept").n == 4 and found.correlation("both").n == 10
-    size = found.sweep.mean.abs()
-    for k in range(1, 5):
-        least = sorted((float(size[head]) for head in found.kept), reverse=True)[k - 1]
-        assert found.missed(k).found == sum(float(size[head]) > least for head in found.sampled)
-    told = found.missed(2)
-    assert told.left_out == 8 and told.sampled == 6 and told.found <= told.at_most <= told.found + 2
-    with pytest.raises(InvalidArgumentError, match="k=5"):
-        found.missed(5)
-    with pytest.raises(InvalidArgumentError, match="among='all'"):
-        found.correlation("all")
-
-
-def test_a_screened_sweep_goes_on_with_the_same_heads(tmp_path, monkeypatch):
-    """The choice of heads is kept with the results: gradients on a GPU are not the same to the last bit."""
-    import sys
-
-    module = sys.modules["bkdfast.sweep.screened"]
-    real, calls = module.screen, []
-    monkeypatch.setattr(module, "screen", lambda *a, **k: calls.append(1) or real(*a, **k))
-    first = sweep_of(out=tmp_path / "run")
-    again = sweep_of(out=tmp_path / "run")
-    assert len(calls) == 1
-    assert again.kept == first.kept and torch.equal(again.estimate, first.estimate)
-    assert torch.equal(again.exact.nan_to_num(), first.exact.nan_to_num())
-    assert again.screening.facts == first.screening.facts
-    with pytest.raises(InvalidArgumentError, match="results of another"):
-        sweep_of(out=tmp_path / "run", steps=2)
-    with pytest.raises(InvalidArgumentError, match="results of another edit"):
-        sweep_of(out=tmp_path / "run", edit=bf.Scale(2.0))
-
-
-def test_scatter_shows_the_pairs_and_leaves_out_no_head():
-    found = sweep_of()
-    (axes,) = found.plot().axes
-    lines = {line.get_label().split(":")[0]: line for line in axes.lines}
-    assert list(lines["kept"].get_xdata()) == [float(found.screening.mean[head]) for head in found.kept]
-    assert list(lines["sampled"].get_ydata()) == [float(found.sweep.mean[head]) for head in found.sampled]
-    assert len(lines["5 not computed exactly"].get_xdata()) == 5
-    assert "estimated change of" in axes.get_xlabel() and "exact change of" in axes.get_ylabel()
-
-
-# Ranks.
-
-
-def test_spearman_against_pandas_and_its_interval():
-    draw = random.Random(0)
-    for n in (4, 9, 30):
-        x = torch.tensor([float(draw.randrange(6)) for _ in range(n)])  # ties
-        y = torch.tensor([v + draw.randrange(4) for v in x.tolist()])
-        found = spearman(x, y)
-        frame = pd.DataFrame({"x": x.numpy(), "y": y.numpy()})
-        assert found.rho == pytest.approx(frame.corr("spearman").iloc[0, 1]) and found.n == n
-        assert -1 <= found.low < found.rho <= found.high <= 1
-    assert spearman(torch.arange(50.0), -torch.arange(50.0)).rho == pytest.approx(-1)
-    assert math.isnan(spearman(torch.ones(5), torch.arange(5.0)).rho)
-    assert str(spearman(torch.ones(5), torch.arange(5.0))) == "not defined (n = 5)"
-    few, many = (spearman(torch.arange(float(n)), torch.arange(float(n))) for n in (5, 50))
-    assert few.low < 0.7 < 0.99 < many.low, "five ranks in order prove little"
-
-
-def test_spearman_interval_covers_the_truth():
-    """Of normal pairs with correlation 0.6, whose rank correlation is 6/pi asin(0.3)."""
-    generator = torch.Generator().manual_seed(0)
-    truth = 6 / math.pi * math.asin(0.3)
-    pairs = torch.randn(600, 2, 16, generator=generator)
-    hits = 0
-    for x, e in pairs:
-        found = spearman(x, 0.6 * x + 0.8 * e)
-        hits += found.low <= truth <= found.high
-    assert 0.92 < hits / 600 < 0.985
-
-
-def test_bound_on_missed_heads_is_the_largest_number_that_the_sample_does_not_refute():
-    population, drawn = 30, 8
-    for found in range(4):
-        bound = most_in_population(found, drawn, population)
-
-        def chance(count, found=found):
-            draws = math.comb(population, drawn)
-            return sum(
-                math.comb(count, i) * math.comb(population - count, drawn - i) / draws for i in range(found + 1)
-            )  # fmt: skip
-
-        assert chance(bound) > 0.05 >= chance(bound + 1)
-    assert most_in_population(2, 30, 30) == 2 and most_in_population(0, 0, 7) == 7
-
-
-def test_ranked_orders_and_leaves_out_nan():
-    values = torch.tensor([[1.0, -3.0, torch.nan], [0.5, 1.0, -0.25]])
-    assert ranked(values) == [(0, 0), (1, 1), (1, 0), (1, 2), (0, 1)]
-    assert ranked(values, "decrease")[0] == ranked(values, "size")[0] == (0, 1)
