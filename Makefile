@@ -25,6 +25,8 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # The files that run the C++ kernels, again for each instruction set that the CPU can be told to do without.
 KERNELS := tests/ops/test_patch_heads.py tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py \
            tests/ops/test_prefix_attention.py
+# Those that use the matrix unit (AMX) where there is one, and AVX-512 without.
+MATRIX_UNIT := tests/ops/test_delta_sketch.py
 
 .PHONY: demo test slow check bench bench-sweep bench-svd bench-peers readme setup clean help
 .DEFAULT_GOAL := help
@@ -47,9 +49,10 @@ demo: setup
 
 test: setup
 	$(PYTEST) -q -n 2 -m "not slow"
-	@for isa in avx2 scalar; do \
+	@for isa in avx512 avx2 scalar; do \
+	  files="$(KERNELS)"; if [ $$isa = avx512 ]; then files="$(MATRIX_UNIT)"; fi; \
 	  if BKDFAST_CPU=$$isa $(BIN)/python -c "from bkdfast.ops._library import EXTENSION; EXTENSION.cpu_isa()" 2>/dev/null; \
-	  then echo "the C++ kernels with $$isa"; BKDFAST_CPU=$$isa $(PYTEST) -q -n 2 $(KERNELS) || exit 1; \
+	  then echo "the C++ kernels with $$isa"; BKDFAST_CPU=$$isa $(PYTEST) -q -n 2 $$files || exit 1; \
 	  else echo "SKIPPED: this CPU has no $$isa"; fi; done
 	TRITON_INTERPRET=1 $(PYTEST) -q -n 2 tests/kernels/test_triton_interpreter.py
 

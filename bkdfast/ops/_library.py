@@ -192,7 +192,7 @@ class Extension:
         return None if cuda.get("built") else cuda.get("reason", "the CUDA kernels were not built")
 
     def cpu_isa(self) -> str | None:
-        """What the CPU kernels use: `"avx512"`, `"avx2"` or `"scalar"`; None when nothing is loaded.
+        """What the CPU kernels use: `"amx"`, `"avx512"`, `"avx2"` or `"scalar"`; None when nothing is loaded.
 
         Raises:
             BackendError: `BKDFAST_CPU` is unknown or more than this CPU has.
@@ -202,7 +202,7 @@ class Extension:
         ask = ctypes.CDLL(str(self.path)).bkdfast_cpu_isa
         ask.restype = ctypes.c_char_p
         answer = ask().decode()
-        if answer not in ("avx512", "avx2", "scalar"):
+        if answer not in ("amx", "avx512", "avx2", "scalar"):
             raise BackendError(answer)
         return answer
 

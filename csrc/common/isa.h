@@ -1,4 +1,5 @@
 // One kernel source, compiled for AVX-512, AVX2 and portable C++; the machine that runs it chooses (BKDFAST_CPU caps).
+// Above AVX-512 is its matrix unit, AMX, for which an op may have a kernel of its own beside these.
 //
 //   #include "../common/isa.h"                         // after every std and torch header the kernel needs
 //   #define BKDFAST_KERNEL "../cpu/my_op_kernel.h"     // path as seen from csrc/common
@@ -23,10 +24,15 @@
 #include <string>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #define BKDFAST_X86 1
 #define BKDFAST_CHOOSE(kernel)                               \
-  (bkdfast::isa() == bkdfast::Isa::kAvx512 ? &avx512::kernel \
+  (bkdfast::isa() >= bkdfast::Isa::kAvx512 ? &avx512::kernel \
    : bkdfast::isa() == bkdfast::Isa::kAvx2 ? &avx2::kernel   \
                                            : &scalar::kernel)
 #else
@@ -37,14 +43,32 @@
 
 namespace bkdfast {
 
-enum class Isa { kScalar, kAvx2, kAvx512 };
+enum class Isa { kScalar, kAvx2, kAvx512, kAmx };
 
 struct IsaChoice {
   Isa isa;
   std::string error;  // empty, or what is wrong with BKDFAST_CPU
 };
 
-inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar"; }
+inline const char* isa_name(Isa isa) {
+  return isa == Isa::kAmx ? "amx" : isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar";
+}
+
+#if defined(BKDFAST_X86)
+// Whether the CPU has the bfloat16 matrix unit, and the operating system lets this process use it: Linux wants to be
+// asked, since the unit's registers make the state of a thread eight kilobytes larger.
+inline bool may_use_amx() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBFloat16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 inline Isa best_isa() {
 #if defined(BKDFAST_X86)
@@ -54,7 +78,8 @@ inline Isa best_isa() {
                     __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
+  if (avx512) return may_use_amx() ? Isa::kAmx : Isa::kAvx512;
+  return avx2 ? Isa::kAvx2 : Isa::kScalar;
 #else
   return Isa::kScalar;
 #endif
@@ -65,12 +90,12 @@ inline IsaChoice choose_isa() {
   const char* set = std::getenv("BKDFAST_CPU");
   const std::string wanted = set ? set : "";
   if (wanted.empty()) return {best, ""};
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     if (wanted != isa_name(isa)) continue;
     if (isa <= best) return {isa, ""};
     return {best, "BKDFAST_CPU=" + wanted + ", but the best this CPU has is " + isa_name(best) + "; unset it"};
   }
-  return {best, "BKDFAST_CPU='" + wanted + "' is not one of avx512, avx2, scalar; unset it or fix it"};
+  return {best, "BKDFAST_CPU='" + wanted + "' is not one of amx, avx512, avx2, scalar; unset it or fix it"};
 }
 
 // The environment is read once, at the first op.

@@ -47,7 +47,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -94,12 +96,102 @@ struct Scratch {
 struct Totals {
   double frobenius_sq = 0;
   int64_t changed = 0;
+  bool complete = true;  // false: Y and Z lack something (delta_sketch_amx.h)
 };
 
 }  // namespace
 
 #define BKDFAST_KERNEL "../cpu/delta_sketch_kernel.h"
 #include "../common/for_each_isa.h"
+
+#if defined(BKDFAST_X86)
+namespace {
+
+constexpr int64_t kTilePanel = 32;    // rows of a panel
+constexpr int64_t kTileSpan = 2048;   // columns whose tiles are made at a time: runs of a page, which memory likes best
+constexpr int64_t kTileSteps = 16;    // of 32 columns, whose products are added up in the unit
+constexpr int64_t kTileBytes = 1088;  // a tile of 1024 and a cache line, so that tiles do not share sets of the cache
+constexpr int64_t kTileColumns = 9;   // of X; for fewer, vectors are faster
+constexpr float kTileRange = 1 << 20;  // largest entries of X's columns are in 1 / kTileRange to kTileRange
+constexpr double kTileNorm = 1e9;      // as the norm of D is
+
+struct TileJob {
+  Weight base, tuned;
+  int64_t m, n, k, groups;  // groups of 16 columns of X
+  const char* x_tiles;      // [step][group][part]
+  const float* x;
+  int64_t x_row, x_column;  // strides
+  float* y;                 // [m, k]
+  int64_t z_stride;
+};
+
+// Entries of D that two parts do not hold, and what is left of them; one in 64 of a panel may be such.
+struct Rest {
+  float* value;
+  int32_t *row, *column;
+  int64_t count, capacity;  // count > capacity: the last ones are missing
+};
+
+// What a panel needs, in memory of its own.
+struct TilePanel {
+  char* natural;     // tiles of a span
+  char* paired;      // tiles of all columns
+  char* y_parts;     // tiles [group][part], row c: the panel's rows of column c of Y
+  float* y;          // [kTilePanel, groups * 16]
+  float* sums;       // [4, 16, 16]
+  uint32_t* low;     // [steps of a span, 16]: the bits that the high parts left
+  uint8_t* has_low;  // [steps]
+  Rest rest;
+  int64_t bytes;  // of all
+};
+
+TilePanel lay_out(char* memory, int64_t n, int64_t groups) {
+  const int64_t steps = (n + 31) / 32, capacity = kTilePanel * n / 64;
+  char* end = memory;
+  const auto take = [&](int64_t bytes) { return std::exchange(end, end + (bytes + 63) / 64 * 64); };
+  TilePanel panel;
+  panel.natural = take(kTileSpan / 32 * 4 * kTileBytes);
+  panel.paired = take(steps * 4 * kTileBytes);
+  panel.y_parts = take(groups * 3 * kTileBytes);
+  panel.y = reinterpret_cast<float*>(take(kTilePanel * groups * 64));
+  panel.sums = reinterpret_cast<float*>(take(4 * 1024));
+  panel.low = reinterpret_cast<uint32_t*>(take(kTileSpan / 32 * 64));
+  panel.has_low = reinterpret_cast<uint8_t*>(take(steps));
+  panel.rest.value = reinterpret_cast<float*>(take(capacity * 4));
+  panel.rest.row = reinterpret_cast<int32_t*>(take(capacity * 4));
+  panel.rest.column = reinterpret_cast<int32_t*>(take(capacity * 4));
+  panel.rest.count = 0;
+  panel.rest.capacity = capacity;
+  panel.bytes = end - memory;
+  return panel;
+}
+
+// Where column j of W is in Z.
+int64_t tile_column(int64_t j) { return j / 32 * 32 + j % 8 / 4 * 16 + j % 32 / 8 * 4 + j % 4; }
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                        \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12, inside its own _mm512_undefined_ps
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt,amx-tile,amx-bf16,prefer-vector-width=512")
+#endif
+namespace amx {
+#include "delta_sketch_amx.h"
+}  // namespace amx
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#pragma GCC diagnostic pop
+#endif
+
+}  // namespace
+#endif
 
 namespace {
 
@@ -163,74 +255,136 @@ void add_columns(Acc* sum, const Acc* term, int64_t count) {
   for (int64_t j = 0; j < count; ++j) sum[j] += term[j];
 }
 
+// How a kernel takes its rows and leaves its Z.
+struct Layout {
+  int64_t panel;                   // rows of a panel
+  int64_t z_rows, z_stride;        // of a partial Z
+  int64_t (*z_column)(int64_t j);  // where column j of W is in it
+  int64_t scratch;                 // bytes that a group of rows needs beside it
+};
+
 // out [n, k] = the sum of all parts, their groups in order.
 template <typename Acc>
-void reduce_z(const std::vector<Part<Acc>>& parts, int64_t stride, int64_t n, int64_t k, int64_t grain, Acc* out) {
+void reduce_z(const std::vector<Part<Acc>>& parts, const Layout& layout, int64_t n, int64_t k, int64_t grain,
+              Acc* out) {
   std::vector<std::pair<Acc*, const Acc*>> sums;
   const auto note = [&](Acc* sum, const Acc* term) { sums.emplace_back(sum, term); };
   std::vector<Part<Acc>> rest;
   for (const Part<Acc>& part : parts) append(rest, part, note);
   for (size_t i = 1; i < rest.size(); ++i) note(rest[0].z, rest[i].z);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t from, int64_t to) {
-    constexpr int64_t kStep = 64;
-    for (int64_t j = from; j < to; j += kStep)
+  constexpr int64_t kStep = 64;
+  torch::stable::parallel_for(0, (n + kStep - 1) / kStep, (grain + kStep - 1) / kStep, [&](int64_t from, int64_t to) {
+    for (int64_t j = from * kStep; j < std::min(n, to * kStep); j += kStep)
       for (int64_t c = 0; c < k; ++c) {
-        const int64_t at = c * stride + j, count = std::min(kStep, to - j);
-        for (const auto& [sum, term] : sums) add_columns(sum + at, term + at, count);
-        for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = rest[0].z[at + i];
+        const int64_t at = c * layout.z_stride, count = std::min(kStep, n - j);
+        const int64_t columns = std::min(kStep, layout.z_stride - j);  // a Z may have its columns in another order
+        for (const auto& [sum, term] : sums) add_columns(sum + at + j, term + at + j, columns);
+        for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = rest[0].z[at + layout.z_column(j + i)];
       }
   });
 }
 
-template <typename Acc, typename Kernel>
-Totals run(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, Tensor& z, Kernel kernel) {
-  const int64_t m = y.size(0), n = x.size(0), k = x.size(1);
-  Acc* z_out = static_cast<Acc*>(z.mutable_data_ptr());
-  if (m == 0 || n == 0) {
-    std::fill_n(static_cast<Acc*>(y.mutable_data_ptr()), m * k, Acc(0));
-    std::fill_n(z_out, n * k, Acc(0));
-    return {};
-  }
-  const auto packed = pack_x<Acc>(x);
-  const int64_t stride = odd_lines<Acc>(n);
-  const Job<Acc> job{base,  tuned, m, n, k, packed.get(), static_cast<Acc*>(y.mutable_data_ptr()), k ? stride : kBlock,
-                     stride};
-  // Rows to groups, whole panels each: depends on m alone, and so do the sums.
-  const int64_t panels = (m + kPanel - 1) / kPanel;
+// Cuts the rows into groups of whole panels, which depend on m alone, and so do the sums; `add_rows` is called with
+// (begin, end, scratch, z, totals).
+template <typename Acc, typename AddRows>
+Totals run(int64_t m, int64_t n, int64_t k, const Layout& layout, Acc* z_out, const AddRows& add_rows) {
+  const int64_t panels = (m + layout.panel - 1) / layout.panel;
   const int64_t groups = std::min(kGroups, panels);
-  const auto z_parts = allocate<Acc>(groups * k * stride);
-  const bool gather = base.column_stride != 1 || tuned.column_stride != 1;
-  const int64_t delta_size = round_up(kPanel * job.delta_stride * sizeof(Acc), 64);
-  const int64_t gathered_size = gather ? kPanel * kBlock * 8 : 0;
+  const int64_t z_size = layout.z_rows * layout.z_stride, scratch = round_up(layout.scratch, 64);
+  const auto z_parts = allocate<Acc>(groups * z_size);
   // Memory for each group, of which a thread touches the share of the first group it serves.
-  const auto scratch_memory = allocate<char>(groups * (delta_size + 2 * gathered_size));
+  const auto memory = allocate<char>(groups * scratch);
   std::vector<Totals> totals(groups);
   std::vector<std::vector<Part<Acc>>> parts_from(groups);  // by the first group of the thread
   const bool small = m * n * (k + 8) < (int64_t{1} << 20);
   torch::stable::parallel_for(0, groups, small ? groups : 1, [&](int64_t from, int64_t to) {
-    char* memory = scratch_memory.get() + from * (delta_size + 2 * gathered_size);
-    const Scratch<Acc> scratch{reinterpret_cast<Acc*>(memory),
-                               {memory + delta_size, memory + delta_size + gathered_size}};
     std::vector<Part<Acc>> parts;
     for (int64_t g = from; g < to; ++g) {
       Totals own;  // not in place: neighbours' totals share a cache line
       // Where a sibling's was before it was added: a partial Z per level of the tree stays in the cache.
-      Acc* part = z_parts.get() + (from + parts.size()) * k * stride;
-      kernel(job, g * panels / groups * kPanel, std::min(m, (g + 1) * panels / groups * kPanel), scratch, part, own);
+      Acc* part = z_parts.get() + (from + parts.size()) * z_size;
+      add_rows(g * panels / groups * layout.panel, std::min(m, (g + 1) * panels / groups * layout.panel),
+               memory.get() + from * scratch, part, own);
       totals[g] = own;
-      append(parts, {g, 1, part}, [&](Acc* sum, const Acc* term) { add_columns(sum, term, k * stride); });
+      append(parts, {g, 1, part}, [&](Acc* sum, const Acc* term) { add_columns(sum, term, z_size); });
     }
     parts_from[from] = std::move(parts);
   });
   std::vector<Part<Acc>> parts;
   for (const auto& own : parts_from) parts.insert(parts.end(), own.begin(), own.end());
-  reduce_z(parts, stride, n, k, small ? n : 1024, z_out);
+  reduce_z(parts, layout, n, k, small ? n : 1024, z_out);
   Totals sum;
   for (const Totals& part : totals) {
     sum.frobenius_sq += part.frobenius_sq;
     sum.changed += part.changed;
+    sum.complete = sum.complete && part.complete;
   }
   return sum;
+}
+
+template <typename Acc, typename Kernel>
+Totals with_vectors(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, Tensor& z, Kernel kernel) {
+  const int64_t m = y.size(0), n = x.size(0), k = x.size(1);
+  const auto packed = pack_x<Acc>(x);
+  const int64_t stride = odd_lines<Acc>(n);
+  const Job<Acc> job{base,  tuned, m, n, k, packed.get(), static_cast<Acc*>(y.mutable_data_ptr()), k ? stride : kBlock,
+                     stride};
+  const bool gather = base.column_stride != 1 || tuned.column_stride != 1;
+  const int64_t delta_size = round_up(kPanel * job.delta_stride * sizeof(Acc), 64);
+  const int64_t gathered_size = gather ? kPanel * kBlock * 8 : 0;
+  const Layout layout{kPanel, k, stride, [](int64_t j) { return j; }, delta_size + 2 * gathered_size};
+  return run(m, n, k, layout, static_cast<Acc*>(z.mutable_data_ptr()),
+             [&](int64_t begin, int64_t end, char* memory, Acc* part, Totals& totals) {
+               const Scratch<Acc> scratch{reinterpret_cast<Acc*>(memory),
+                                          {memory + delta_size, memory + delta_size + gathered_size}};
+               kernel(job, begin, end, scratch, part, totals);
+             });
+}
+
+#if defined(BKDFAST_X86)
+// False: these weights or this X are not for the matrix unit, and what was written is to be written again.
+bool with_tiles(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, Tensor& z, Totals& totals) {
+  const int64_t m = y.size(0), n = x.size(0), k = x.size(1);
+  if (bkdfast::isa() != bkdfast::Isa::kAmx || k < kTileColumns || base.type != Type::kBFloat16 ||
+      tuned.type != Type::kBFloat16 || base.column_stride != 1 || tuned.column_stride != 1)
+    return false;
+  const int64_t groups = (k + 15) / 16, steps = (n + 31) / 32;
+  const auto tiles = allocate<char>(steps * groups * 3 * kTileBytes);
+  const float* from = static_cast<const float*>(x.const_data_ptr());
+  if (!amx::pack_tiles(from, x.stride(0), x.stride(1), n, k, tiles.get())) return false;
+  const Layout layout{kTilePanel, groups * 16, odd_lines<float>(steps * 32), tile_column,
+                      lay_out(nullptr, n, groups).bytes};
+  const TileJob job{base,
+                    tuned,
+                    m,
+                    n,
+                    k,
+                    groups,
+                    tiles.get(),
+                    from,
+                    x.stride(0),
+                    x.stride(1),
+                    static_cast<float*>(y.mutable_data_ptr()),
+                    layout.z_stride};
+  totals = run(m, n, k, layout, static_cast<float*>(z.mutable_data_ptr()),
+               [&](int64_t begin, int64_t end, char* memory, float* part, Totals& own) {
+                 amx::sketch_tiles(job, begin, end, memory, part, own);
+               });
+  const double norm = std::sqrt(totals.frobenius_sq);
+  return totals.complete && (totals.changed == 0 || (norm >= 1 / kTileNorm && norm <= kTileNorm));
+}
+#endif
+
+Totals sketch(const Weight& base, const Weight& tuned, bool both_double, const Tensor& x, Tensor& y, Tensor& z) {
+  if (y.size(0) == 0 || x.size(0) == 0) {
+    for (Tensor* result : {&y, &z}) std::memset(result->mutable_data_ptr(), 0, result->numel() * (both_double ? 8 : 4));
+    return {};
+  }
+  if (both_double) return with_vectors<double>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_double));
+#if defined(BKDFAST_X86)
+  if (Totals totals; with_tiles(base, tuned, x, y, z, totals)) return totals;
+#endif
+  return with_vectors<float>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_float));
 }
 
 Weight weight_of(const Tensor& w, const char* name) {
@@ -261,8 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delta_sketch(Tensor w0, Tensor w1, Te
   Tensor z = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor frobenius_sq = torch::stable::new_empty(x, {}, ScalarType::Double);
   Tensor changed = torch::stable::new_empty(x, {}, ScalarType::Long);
-  const Totals totals = both_double ? run<double>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_double))
-                                    : run<float>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_float));
+  const Totals totals = sketch(base, tuned, both_double, x, y, z);
   *static_cast<double*>(frobenius_sq.mutable_data_ptr()) = totals.frobenius_sq;
   *static_cast<int64_t*>(changed.mutable_data_ptr()) = totals.changed;
   return {y, z, frobenius_sq, changed};

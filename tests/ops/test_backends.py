@@ -160,7 +160,7 @@ print(sketch.changed.item(), EXTENSION.cpu_isa())
 """
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("level", ["amx", "avx512", "avx2", "scalar"])
 def test_the_instruction_set_can_be_capped(level):
     needs_cpp()
     done = run(ISA_SCRIPT, BKDFAST_CPU=level)
@@ -172,6 +172,6 @@ def test_the_instruction_set_can_be_capped(level):
 def test_an_unknown_instruction_set_is_an_error_at_the_first_op():
     needs_cpp()
     done = run(ISA_SCRIPT, BKDFAST_CPU="avx9")
-    assert done.returncode and "BKDFAST_CPU='avx9' is not one of avx512, avx2, scalar" in done.stderr
+    assert done.returncode and "BKDFAST_CPU='avx9' is not one of amx, avx512, avx2, scalar" in done.stderr
     importing = run("import bkdfast.doctor; print(bkdfast.doctor.report())", BKDFAST_CPU="avx9")
     assert importing.returncode == 0 and "BKDFAST_CPU='avx9' is not one of" in importing.stdout

@@ -12,6 +12,9 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 SHAPES = [(7, 5, 3), (64, 48, 16), (33, 129, 1), (1, 9, 2), (9, 1, 2), (300, 17, 8), (24, 512, 4), (25, 513, 5)]
 SHAPES += [(23, 511, 19), (500, 97, 7), (31, 1100, 33)]
 DTYPES = [(a, b) for a in (BF16, FP16, FP32, FP64) for b in (BF16, FP16, FP32, FP64)]
+# The same for the matrix unit, which serves bfloat16 and k of 9 or more: a panel of 32 rows, a step of 32 columns, a span
+# of 2048, groups of 16.
+TILES = [(32, 32, 16), (33, 2049, 9), (31, 2048, 17), (65, 31, 40), (1, 1, 9), (520, 4100, 16), (47, 4129, 33)]
 EMPTY = [(0, 5, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)]
 
 
@@ -54,6 +57,44 @@ def check(w0, w1, x, **kwargs):
 def test_matches_float64(shape, dtypes, backend):
     got = check(*make(*shape, dtypes), backend=backend)
     assert got.changed > 0
+
+
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_bfloat16_tiles_match_float64(shape, backend):
+    check(*make(*shape, (BF16, BF16)), backend=backend)
+
+
+def test_no_bit_of_a_difference_is_lost(backend):
+    """Differences of 8 bits, of 16 and of 24, each alone in its column: Y with columns of the identity is D itself."""
+    w0, w1, _ = make(70, 100, 1, (BF16, BF16))
+    w0[3::7] *= 2.0**-9
+    w0[40, 5], w0[40, 6], w0[69, 99] = 1.5 * 2.0**-16, -1.25 * 2.0**-17, 1.125 * 2.0**-15
+    w1[40, 5], w1[40, 6], w1[69, 99] = 1.0, 3.0, -2.5
+    for first in (0, 50, 84):
+        x = torch.eye(100)[:, first : first + 16].contiguous()
+        y = check(w0, w1, x, backend=backend).y
+        assert torch.equal(y, (w1.float() - w0.float())[:, first : first + 16])
+
+
+def test_weights_of_unrelated_sizes(backend):
+    """Most differences have more bits than two bfloat16 numbers."""
+    w0, w1, x = make(70, 90, 16, (BF16, BF16))
+    scale = torch.randint(-20, 3, (70, 90), generator=torch.Generator().manual_seed(1)).double()
+    check((w0 * 2**scale).bfloat16(), w1, x, backend=backend)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-6, 1e6, 1e12], ids=str)
+@pytest.mark.parametrize("what", ["delta", "x", "a column of x"])
+def test_extreme_sizes(what, size, backend):
+    w0, w1, x = make(50, 40, 16, (BF16, BF16))
+    if what == "delta":
+        w0, w1 = (w0 * size).bfloat16(), (w1 * size).bfloat16()
+        x /= size  # Z stays in the range of float32
+    elif what == "x":
+        x *= size
+    else:
+        x[:, 3] *= size
+    check(w0, w1, x, backend=backend)
 
 
 def test_the_kernel_serves_by_itself(monkeypatch):
@@ -110,7 +151,7 @@ def test_offsets_beyond_32_bits(backend):
     check(w0, w1, x, backend=backend)
 
 
-@pytest.mark.parametrize("shape", [(1000, 300, 16), (700, 1200, 5), (26, 2000, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(1000, 300, 16), (700, 1200, 5), (26, 2000, 24), (1500, 100, 40)], ids=str)
 def test_the_number_of_threads_does_not_change_a_bit(shape):
     if module.OP.backends()["cpp"] != "available":
         pytest.skip(module.OP.backends()["cpp"])
@@ -151,12 +192,13 @@ def test_squares_of_tiny_deltas_do_not_vanish(dtypes, backend):
 def test_what_a_call_leaves_in_memory_does_not_reach_the_next(dtype, backend):
     """Padding behind the last column is multiplied too: it must be zeros, not the NaN of an earlier call."""
     poison = torch.full((9, 16), float("nan"), dtype=dtype)
-    x = torch.full((16, 3), float("nan"), dtype=sketch_dtype(poison, poison))
-    for columns in range(1, 16):
-        args = make(9, columns, 3, (dtype, dtype))
-        for _ in range(3):
-            delta_sketch(poison, poison, x, backend=backend)
-        assert all(result.isfinite().all() for result in delta_sketch(*args, backend=backend))
+    for k in (3, 20):
+        x = torch.full((16, k), float("nan"), dtype=sketch_dtype(poison, poison))
+        for columns in range(1, 16):
+            args = make(9, columns, k, (dtype, dtype))
+            for _ in range(3):
+                delta_sketch(poison, poison, x, backend=backend)
+            assert all(result.isfinite().all() for result in delta_sketch(*args, backend=backend))
 
 
 def test_double_minus_single_is_taken_in_double(backend):
@@ -169,8 +211,9 @@ def test_double_minus_single_is_taken_in_double(backend):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["base", "tuned", "both"])
-def test_non_finite_shows_in_the_norm(value, side, dtype, backend):
-    w0, w1, x = make(30, 20, 3, (dtype, dtype))
+@pytest.mark.parametrize("k", [3, 16])
+def test_non_finite_shows_in_the_norm(k, value, side, dtype, backend):
+    w0, w1, x = make(30, 20, k, (dtype, dtype))
     for name, weight in (("base", w0), ("tuned", w1)):
         if side in (name, "both"):
             weight[4, 5] = value
@@ -179,6 +222,15 @@ def test_non_finite_shows_in_the_norm(value, side, dtype, backend):
     assert not torch.isfinite(got.y[4]).any() and torch.isfinite(got.y[:4]).all() and torch.isfinite(got.y[5:]).all()
     assert not torch.isfinite(got.z[5]).any()
     assert got.changed == (w0 != w1).sum()
+
+
+def test_non_finite_x_spoils_its_column_alone(backend):
+    w0, w1, x = make(30, 20, 16, (BF16, BF16))
+    x[4, 5], x[6, 7] = float("nan"), float("inf")
+    got = delta_sketch(w0, w1, x, backend=backend)
+    spoilt = torch.zeros(16, dtype=torch.bool).index_fill_(0, torch.tensor([5, 7]), True)
+    assert torch.equal(got.z.isfinite().all(0), ~spoilt) and got.y[:, ~spoilt].isfinite().all()
+    assert torch.isfinite(got.frobenius_sq)
 
 
 def test_fp16_and_bf16_values_survive_the_widening(backend):
