@@ -10,6 +10,8 @@
 // adds what it can as it goes, into memory that is still in the cache. No sum depends on the number of threads, nor
 // does any bit of the result; it does depend on the instruction set.
 //
+// Where the CPU has a bfloat16 matrix unit (AMX), bfloat16 weights go through it: delta_sketch_amx.h.
+//
 // Floor: 4 m n k flops, the matrices read once. One thread of an EPYC with full AVX-512 (fp32 fma peak 240 GFLOP/s,
 // reads 45 GB/s), against plain PyTorch in its best panels (32 rows); torch.mm reaches 95 GFLOP/s there at 2048^3:
 //
@@ -35,9 +37,7 @@
 // Lost on the Xeon: Y by broadcast entries of D and vectors along k, no faster with 24 x 1 vectors at k = 16 (a load
 // for each fma), with 12 x 2 vectors 1.07 times faster at k = 32 and not worth a second layout of X; 3 x 8 tiles for Z
 // and blocks of 256 and 384 columns, within the noise; blocks of 768, panels of 48 rows below k = 64 (1.08 times faster
-// at k = 80), slower. The bfloat16 matrix unit (AMX), with three bfloat16 parts for each number: 11 ms at k = 16 as the
-// best of a prototype, 17 at 32, 34 at 80; cutting D into parts costs at k = 16 most of what the unit saves, and sums
-// of one sign round three times worse in Y.
+// at k = 80), slower.
 // Lost on the EPYC: no fetch ahead, 12.4 ms against 9.9; forming 16 columns a step with a fetch each, 10.2 against 9.1
 // for 32; panels of 48 rows, as good at best and in some processes 1.3 times slower at k = 48.
 
@@ -108,7 +108,7 @@ struct Totals {
 namespace {
 
 constexpr int64_t kTilePanel = 32;    // rows of a panel
-constexpr int64_t kTileSpan = 2048;   // columns whose tiles are made at a time: runs of a page, which memory likes best
+constexpr int64_t kTileSpan = 2048;   // columns whose tiles are made at a time: a page of a row
 constexpr int64_t kTileSteps = 16;    // of 32 columns, whose products are added up in the unit
 constexpr int64_t kTileBytes = 1088;  // a tile of 1024 and a cache line, so that tiles do not share sets of the cache
 constexpr int64_t kTileColumns = 9;   // of X; for fewer, vectors are faster
