@@ -107,11 +107,11 @@ struct Totals {
 #if defined(BKDFAST_X86)
 namespace {
 
-constexpr int64_t kTilePanel = 32;    // rows of a panel
-constexpr int64_t kTileSpan = 2048;   // columns whose tiles are made at a time: a page of a row
-constexpr int64_t kTileSteps = 16;    // of 32 columns, whose products are added up in the unit
-constexpr int64_t kTileBytes = 1088;  // a tile of 1024 and a cache line, so that tiles do not share sets of the cache
-constexpr int64_t kTileColumns = 9;   // of X; for fewer, vectors are faster
+constexpr int64_t kTilePanel = 32;     // rows of a panel
+constexpr int64_t kTileSpan = 2048;    // columns whose tiles are made at a time: a page of a row
+constexpr int64_t kTileSteps = 16;     // of 32 columns, whose products are added up in the unit
+constexpr int64_t kTileBytes = 1088;   // a tile of 1024 and a cache line, so that tiles do not share sets of the cache
+constexpr int64_t kTileColumns = 9;    // of X; for fewer, vectors are faster
 constexpr float kTileRange = 1 << 20;  // largest entries of X's columns are in 1 / kTileRange to kTileRange
 constexpr double kTileNorm = 1e9;      // as the norm of D is
 

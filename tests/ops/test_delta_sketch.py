@@ -12,8 +12,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 SHAPES = [(7, 5, 3), (64, 48, 16), (33, 129, 1), (1, 9, 2), (9, 1, 2), (300, 17, 8), (24, 512, 4), (25, 513, 5)]
 SHAPES += [(23, 511, 19), (500, 97, 7), (31, 1100, 33)]
 DTYPES = [(a, b) for a in (BF16, FP16, FP32, FP64) for b in (BF16, FP16, FP32, FP64)]
-# The same for the matrix unit, which serves bfloat16 and k of 9 or more: a panel of 32 rows, a step of 32 columns, a span
-# of 2048, groups of 16.
+# The same for the matrix unit, which serves bfloat16 and k of 9 or more: a panel of 32 rows, a step of 32 columns, a
+# span of 2048, groups of 16.
 TILES = [(32, 32, 16), (33, 2049, 9), (31, 2048, 17), (65, 31, 40), (1, 1, 9), (520, 4100, 16), (47, 4129, 33)]
 EMPTY = [(0, 5, 3), (5, 0, 3), (5, 4, 0), (0, 0, 0)]
 
