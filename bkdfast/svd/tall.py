@@ -1,0 +1,76 @@
+"""Tall float64 matrices, kept as blocks of columns: their products with the caller's threads, and their QR by products.
+
+The rest of the small algebra runs on one thread (`numerics.threads`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bkdfast.ops.tall_products import tall_combine, tall_dot
+from bkdfast.svd.numerics import threads
+
+# How far from orthonormal the result of a step of CholeskyQR may be, to be taken, and for one more step to mend it.
+_TAKEN, _MENDED = 1e-12, 1e-5
+
+
+class Tall:
+    """Products and QR of tall matrices `[n, w]`.
+
+    Args:
+        callers: number of threads; no bit depends on it.
+        lapack: QR is LAPACK's: for float64 sketches, of which CholeskyQR may lose a digit, and on GPUs.
+    """
+
+    def __init__(self, callers: int = 1, *, lapack: bool = False) -> None:
+        self.callers, self.lapack = callers, lapack
+
+    def dot(self, a: Sequence[Tensor], b: Tensor) -> Tensor:
+        """`A^T B` `[P, q]` of A in blocks of columns."""
+        with threads(self.callers):
+            return tall_dot(a, b)
+
+    def combine(self, a: Sequence[Tensor], c: Tensor, x: Tensor | None = None) -> Tensor:
+        """`A C` `[n, q]`, or `X - A C`."""
+        with threads(self.callers):
+            return tall_combine(a, c.contiguous(), x)
+
+    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and R, by CholeskyQR2 (Yamamoto et al. 2015, ETNA 44) where x is far enough from rank-deficient."""
+        first = None if self.lapack else cholesky_r(self.dot([x], x))
+        if first is None:
+            return torch.linalg.qr(x)
+        r, inverse, skewed = first
+        q = self.combine([x], inverse)
+        if skewed > _TAKEN:
+            second = cholesky_r(self.dot([q], q))
+            assert second is not None  # nearly orthonormal
+            q, r = self.combine([q], second[1]), second[0] @ r
+        return q, r
+
+    def directions(self, x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[n, w]`, `[w, w]` and R: the product of the first two is nearly orthonormal, times R it is x."""
+        found = None if self.lapack else cholesky_r(gram)
+        if found is None:
+            q, r = torch.linalg.qr(x)
+            return q, torch.eye(len(r), dtype=r.dtype, device=r.device), r
+        return x, found[1], found[0]
+
+
+def cholesky_r(gram: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """R of a matrix X with Gram matrix `gram` `[w, w]`, its inverse, and how far X R^-1 is from orthonormal, at most.
+
+    None: that is too much.
+    """
+    size = gram.diagonal().sqrt()
+    # In units of the columns' norms: their sizes do not matter.
+    upper, info = torch.linalg.cholesky_ex(gram / size / size[:, None], upper=True)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+    skewed = torch.finfo(gram.dtype).eps * float(inverse.square().sum())
+    if int(info) or not skewed <= _MENDED:
+        return None
+    return upper * size, inverse / size[:, None], skewed
