@@ -42,7 +42,7 @@ class Tall:
         """Q and R, by CholeskyQR2 (Yamamoto et al. 2015, ETNA 44) where x is far enough from rank-deficient."""
         first = None if self.lapack else cholesky_r(self.dot([x], x))
         if first is None:
-            return torch.linalg.qr(x)
+            return _lapack_qr(x)
         r, inverse, skewed = first
         q = self.combine([x], inverse)
         if skewed > _TAKEN:
@@ -55,7 +55,7 @@ class Tall:
         """`[n, w]`, `[w, w]` and R: the product of the first two is nearly orthonormal, times R it is x."""
         found = None if self.lapack else cholesky_r(gram)
         if found is None:
-            q, r = torch.linalg.qr(x)
+            q, r = _lapack_qr(x)
             return q, torch.eye(len(r), dtype=r.dtype, device=r.device), r
         return x, found[1], found[0]
 
@@ -74,3 +74,8 @@ def cholesky_r(gram: Tensor) -> tuple[Tensor, Tensor, float] | None:
     if int(info) or not skewed <= _MENDED:
         return None
     return upper * size, inverse / size[:, None], skewed
+
+
+def _lapack_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(x)
+    return q.contiguous(), r  # it comes by columns

@@ -10,7 +10,7 @@ constexpr int kTall = 4, kWide = 2;
 // to[i, :] (+)= sum_r a[r, i] b[r, :], i < I, for N vectors of columns.
 template <int I, int N>
 void dot_tile(const double* a, int64_t a_stride, const double* b, int64_t stride, int64_t rows, double* to,
-              bool fresh) {
+              bool fresh, bool fetch) {
   using V = Vec<double>;
   V acc[I][N];
 #pragma GCC unroll 8
@@ -18,6 +18,7 @@ void dot_tile(const double* a, int64_t a_stride, const double* b, int64_t stride
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) acc[i][v] = fresh ? V::zero() : V::load(to + i * stride + v * V::kWidth);
   for (int64_t r = 0; r < rows; ++r) {
+    if (fetch) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(a + (r + kChunk) * a_stride)), 0, 2);
     V right[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) right[v] = V::load(b + r * stride + v * V::kWidth);
@@ -35,14 +36,15 @@ void dot_tile(const double* a, int64_t a_stride, const double* b, int64_t stride
 }
 
 template <int N>
-void dot_strip(const Blocks& a, int64_t row, const double* b, int64_t stride, int64_t rows, double* to, bool fresh) {
+void dot_strip(const Blocks& a, int64_t row, const double* b, int64_t stride, int64_t rows, double* to, bool fresh,
+               bool fetch) {
   for (int64_t block = 0; block < a.count; ++block) {
     const int64_t width = a.at[block].width;
     const double* from = a.at[block].data + row * width;
     int64_t i = 0;
     for (; i + kTall <= width; i += kTall)
-      dot_tile<kTall, N>(from + i, width, b, stride, rows, to + i * stride, fresh);
-    for (; i < width; ++i) dot_tile<1, N>(from + i, width, b, stride, rows, to + i * stride, fresh);
+      dot_tile<kTall, N>(from + i, width, b, stride, rows, to + i * stride, fresh, fetch);
+    for (; i < width; ++i) dot_tile<1, N>(from + i, width, b, stride, rows, to + i * stride, fresh, fetch);
     to += width * stride;
   }
 }
@@ -63,10 +65,10 @@ void dot_rows(const Blocks& a, const double* b, int64_t columns, int64_t begin, 
     int64_t c = 0;
     // Never one vector at the end: that is half as fast.
     for (; stride - c >= (kWide + 2) * kWidth || stride - c == kWide * kWidth; c += kWide * kWidth)
-      dot_strip<kWide>(a, chunk, right + c, stride, rows, to + c, fresh);
+      dot_strip<kWide>(a, chunk, right + c, stride, rows, to + c, fresh, c == 0);
     for (; stride - c >= 2 * kWidth; c += 2 * kWidth)
-      dot_strip<2>(a, chunk, right + c, stride, rows, to + c, fresh);
-    if (c < stride) dot_strip<1>(a, chunk, right + c, stride, rows, to + c, fresh);
+      dot_strip<2>(a, chunk, right + c, stride, rows, to + c, fresh, c == 0);
+    if (c < stride) dot_strip<1>(a, chunk, right + c, stride, rows, to + c, fresh, c == 0);
   }
 }
 
