@@ -5,8 +5,10 @@ With A `[n, P]` given as blocks of its columns, A = [A_1 A_2 ...]:
     tall_dot(A, B) = A^T B                             [P, q]
     tall_combine(A, C) = A C                           [n, q]
     tall_combine(A, C, X) = X - A C                    [n, q]
+    combine_and_dot(A, C, X, B) = Y, [B Y]^T Y         the Y above, and its products while it is in the cache
 
-Shapes and dtypes: A_i `[n, w_i]`, B and X `[n, q]`, C `[P, q]`, all float64 and contiguous. n, w_i and q may be 0.
+Shapes and dtypes: A_i `[n, w_i]`, B and X `[n, q]`, C `[P, q]`, all float64 and contiguous. n, w_i and q may be 0. The
+B of `combine_and_dot` is blocks of columns, like A, or none.
 
 The compiled CPU kernel adds up in an order that does not depend on the number of threads. The reference, which serves
 GPUs, is plain PyTorch: its bits are those of the device's matrix product.
@@ -38,7 +40,7 @@ def _check(a: Sequence[Tensor], **others: Tensor) -> None:
             raise InvalidArgumentError(f"{name} must be contiguous, its strides are {matrix.stride()}")
         if matrix.device != a[0].device:
             raise InvalidArgumentError(f"{name} is on {matrix.device} but a[0] is on {a[0].device}; move it there")
-        rows = sum(block.shape[1] for block in a) if name == "c" else a[0].shape[0]
+        rows = _columns(a) if name == "c" else a[0].shape[0]
         if matrix.shape[0] != rows:
             raise InvalidArgumentError(f"{name} must have {rows} rows, found {tuple(matrix.shape)}")
 
@@ -47,20 +49,25 @@ def _check_dot(a: Sequence[Tensor], b: Tensor) -> None:
     _check(a, b=b)
 
 
-def _check_combine(a: Sequence[Tensor], c: Tensor, x: Tensor | None = None) -> None:
-    _check(a, c=c)
-    if x is not None:
-        _check(a, x=x)
-        if x.shape[1] != c.shape[1]:
-            raise InvalidArgumentError(f"x must have {c.shape[1]} columns like c, found {tuple(x.shape)}")
+def _check_combine(a: Sequence[Tensor], c: Tensor, x: Tensor | None, b: Sequence[Tensor], dot: bool) -> None:
+    _check(a, c=c, **({} if x is None else {"x": x}), **{f"b[{i}]": block for i, block in enumerate(b)})
+    if x is not None and x.shape[1] != c.shape[1]:
+        raise InvalidArgumentError(f"x must have {c.shape[1]} columns like c, found {tuple(x.shape)}")
 
 
 def _fake_dot(a: Sequence[Tensor], b: Tensor) -> Tensor:
-    return b.new_empty(sum(block.shape[1] for block in a), b.shape[1])
+    return b.new_empty(_columns(a), b.shape[1])
 
 
-def _fake_combine(a: Sequence[Tensor], c: Tensor, x: Tensor | None = None) -> Tensor:
-    return c.new_empty(a[0].shape[0], c.shape[1])
+def _fake_combine(
+    a: Sequence[Tensor], c: Tensor, x: Tensor | None, b: Sequence[Tensor], dot: bool
+) -> tuple[Tensor, Tensor]:
+    rows, columns = a[0].shape[0], c.shape[1]
+    return c.new_empty(rows, columns), c.new_empty(_columns(b) + columns if dot else 0, columns)
+
+
+def _columns(blocks: Sequence[Tensor]) -> int:
+    return sum(block.shape[1] for block in blocks)
 
 
 def _reference_dot(a: Sequence[Tensor], b: Tensor) -> Tensor:
@@ -69,18 +76,21 @@ def _reference_dot(a: Sequence[Tensor], b: Tensor) -> Tensor:
         return torch.cat([block.T @ b for block in a])
 
 
-def _reference_combine(a: Sequence[Tensor], c: Tensor, x: Tensor | None = None) -> Tensor:
-    _check_combine(a, c, x)
-    total = c.new_zeros(a[0].shape[0], c.shape[1])
+def _reference_combine(
+    a: Sequence[Tensor], c: Tensor, x: Tensor | None, b: Sequence[Tensor], dot: bool
+) -> tuple[Tensor, Tensor]:
+    _check_combine(a, c, x, b, dot)
+    y = c.new_zeros(a[0].shape[0], c.shape[1])
     with torch.autocast(c.device.type, enabled=False):
         for block, part in zip(a, c.split([block.shape[1] for block in a]), strict=True):
-            total = torch.addmm(total, block, part)
-    return total if x is None else x - total
+            y = torch.addmm(y, block, part)
+    y = y if x is None else x - y
+    return y, _reference_dot([*b, y], y) if dot else c.new_empty(0, c.shape[1])
 
 
 DOT = Op("tall_dot(Tensor[] a, Tensor b) -> Tensor", check=_check_dot, fake=_fake_dot, reference=_reference_dot)
 COMBINE = Op(
-    "tall_combine(Tensor[] a, Tensor c, Tensor? x=None) -> Tensor",
+    "tall_combine(Tensor[] a, Tensor c, Tensor? x, Tensor[] b, bool dot) -> (Tensor, Tensor)",
     check=_check_combine,
     fake=_fake_combine,
     reference=_reference_combine,
@@ -139,8 +149,48 @@ def tall_combine(a: Sequence[Tensor], c: Tensor, x: Tensor | None = None, *, bac
         tensor([[-2.],
                 [-5.]], dtype=torch.float64)
     """
+    return _combine(a, c, x, (), False, backend)[0]
+
+
+def combine_and_dot(
+    a: Sequence[Tensor],
+    c: Tensor,
+    x: Tensor | None = None,
+    b: Sequence[Tensor] = (),
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tall_combine`, and the products of its result with a second matrix and with itself.
+
+    Args:
+        a: as of `tall_combine`, like the next two.
+        c: `[P, q]`.
+        x: `[n, q]` or None.
+        b: blocks `[n, w_i]` of B's R columns, or none.
+        backend: as of `tall_combine`.
+
+    Returns:
+        Y `[n, q]` and `[B Y]^T Y` `[R + q, q]`.
+
+    Raises:
+        InvalidArgumentError: as `tall_combine`, like the others.
+        InvalidTypeError: a matrix is not float64.
+        BackendError: `backend` cannot serve this op here.
+
+    Example:
+        >>> import torch
+        >>> a, c = torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[3.0]]).double()
+        >>> combine_and_dot([a], c)[1]
+        tensor([[45.]], dtype=torch.float64)
+    """
+    return _combine(a, c, x, b, True, backend)
+
+
+def _combine(
+    a: Sequence[Tensor], c: Tensor, x: Tensor | None, b: Sequence[Tensor], dot: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
     try:
-        return COMBINE.resolve(backend, c.device)(a, c, x)
+        return COMBINE.resolve(backend, c.device)(a, c, x, b, dot)
     except RuntimeError:
-        _check_combine(a, c, x)
+        _check_combine(a, c, x, b, dot)  # what a compiled kernel refuses, in our exceptions
         raise

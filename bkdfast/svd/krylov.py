@@ -147,19 +147,21 @@ class _Operator:
         self.scale = 1.0
         self.passes = 0
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, DeltaSketch]:
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, DeltaSketch]:
+        """x as the sketch sees it, orthonormal to its dtype's rounding only; y and z of that; what else it saw."""
+        rounded = x.to(self.dtype)
         with threads(self.callers):
-            sketch = delta_sketch(self.w0, self.w1, (x * self.scale).to(self.dtype), backend=self.backend)
+            sketch = delta_sketch(self.w0, self.w1, rounded * self.scale, backend=self.backend)
         self.passes += 1
-        return sketch.y.double(), sketch.z.double() * self.scale, sketch
+        return rounded.double(), sketch.y.double(), sketch.z.double().mul_(self.scale), sketch
 
-    def first(self, x: Tensor) -> tuple[Tensor, Tensor, float, int]:
-        y, z, sketch = self(x)
+    def first(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int]:
+        x, y, z, sketch = self(x)
         frobenius, changed = _norm_and_count(sketch)
         if frobenius > 0 and not TINY < frobenius < HUGE:
             self.scale = 2.0 ** -round(math.log2(frobenius))
-            y, z, _ = self(x)
-        return y, z, frobenius, changed
+            x, y, z, _ = self(x)
+        return x, y, z, frobenius, changed
 
 
 class _Basis:
@@ -175,15 +177,15 @@ class _Basis:
         p, self.r = tall.qr(y)  # [N, N]
         self.p = [p]  # [m, w] each
         self.size = torch.linalg.vector_norm(self.r, dim=0)  # [N]
-        self._rest: tuple[Tensor, Tensor] | None = None
+        self._rest: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, q: Tensor, y: Tensor, z: Tensor) -> None:
         # But for rounding y lies in the newest block of P and in the next; then once more, for all of P.
         newest = self.p[-1:]
         first = self.tall.dot(newest, y)
-        y = self.tall.combine(newest, first, y)
-        coefficients = self.tall.dot(self.p, y)
-        p, r = self.tall.qr(self.tall.combine(self.p, coefficients, y))
+        y, products = self.tall.combine_and_dot(newest, first, y, self.p)
+        coefficients = products[: len(self.r)]
+        p, r = self.tall.qr(*self.tall.combine_and_dot(self.p, coefficients, y))
         coefficients[-len(first) :] += first
         below = self.r.new_zeros(r.shape[0], self.r.shape[1])
         new = torch.cat((coefficients, r))
@@ -200,7 +202,7 @@ class _Basis:
         `invariant`: what the newest Z adds to Q is only rounding.
         """
         assert self.start is not None
-        outside = None if invariant else self.rest()[1]
+        outside = None if invariant else self.rest()[2]
         blocks = [block.shape[1] for block in self.q]
         return space_limits(self.r, blocks, outside, self.start, self.size, self.noise, max(k, 1))
 
@@ -229,7 +231,7 @@ class _Basis:
 
     def beyond(self, s: Tensor, w: Tensor) -> Tensor:
         """The part of these residuals that the newest Z adds to Q: all of it, but for rounding."""
-        _, gram = self.rest()
+        gram = self.rest()[2]
         return norm_by_gram(gram, w[-len(gram) :]) / s
 
     def extend(self, operator: _Operator) -> bool:
@@ -237,30 +239,31 @@ class _Basis:
         x = self.next_block()
         if x.shape[1] == 0:
             return False
-        x = _rounded(x, operator.dtype)
-        y, z, _ = operator(x)
-        self.append(x, y, z)
+        self.append(*operator(x)[:3])
         return True
 
-    def rest(self) -> tuple[Tensor, Tensor]:
-        """What the newest Z adds to Q `[n, newest]`, and its Gram matrix."""
+    def rest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the newest Z adds to Q `[n, w]`, but for rounding; Q's products with it, and its Gram matrix."""
         if self._rest is None:
-            rest = self.tall.combine(self.q, self.tall.dot(self.q, self.z[-1]), self.z[-1])
-            self._rest = rest, self.tall.dot([rest], rest)
+            inside = self.r.T @ self.r[:, -self.q[-1].shape[1] :]  # Q^T Z, but for rounding
+            rest, products = self.tall.combine_and_dot(self.q, inside, self.z[-1], self.q)
+            self._rest = rest, products[: len(self.r)], products[len(self.r) :]
         return self._rest
 
     def next_block(self) -> Tensor:
         """An orthonormal basis of what the newest Z adds to Q; without columns where that is only rounding."""
-        rest, factor, r = self.tall.directions(*self.rest())
+        rest, along, gram = self.rest()
+        base, factor, r = self.tall.directions(rest, gram)
+        if base is not rest:
+            along = self.tall.dot(self.q, base)
         # In units of its own rounding, a weak column counts like a strong one.
         unit = (self.noise * self.size[-len(r) :]).clamp(min=torch.finfo(r.dtype).tiny)
         turn, signal, _ = svd(r / unit)
         factor = factor @ turn[:, : min(int((signal > SIGNAL).sum()), self.room)]
         # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q. Without that it
         # is nearly orthonormal, and Cholesky makes it so.
-        along = self.tall.dot(self.q, rest) @ factor
-        block = self.tall.combine([rest, *self.q], torch.cat((factor, -along)))
-        upper = torch.linalg.cholesky(self.tall.dot([block], block), upper=True)
+        block, gram = self.tall.combine_and_dot([base, *self.q], torch.cat((factor, -along @ factor)))
+        upper = torch.linalg.cholesky(gram, upper=True)
         eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
         return self.tall.combine([block], torch.linalg.solve_triangular(upper, eye, upper=True))
 
@@ -270,7 +273,7 @@ def _iterate(
 ) -> Triplets:
     m, n = operator.w0.shape
     x, start = _start_block(n, width, seed, operator)
-    y, z, frobenius, changed = operator.first(x)
+    x, y, z, frobenius, changed = operator.first(x)
     if frobenius == 0:
         return _nothing(m, n, operator.dtype, changed, operator.passes)
     scale = operator.scale
@@ -380,8 +383,7 @@ def promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: flo
 
 def _realign(basis: _Basis, w: Tensor, operator: _Operator) -> _Basis:
     """A fresh basis of Ritz vectors `Q w`: one pass, and every column of Z has the size of its own triplet."""
-    x = _rounded(operator.tall.qr(operator.tall.combine(basis.q, w))[0], operator.dtype)
-    y, z, _ = operator(x)
+    x, y, z, _ = operator(operator.tall.qr(operator.tall.combine(basis.q, w))[0])
     return _Basis(x, y, z, basis.noise, operator.tall)
 
 
@@ -445,10 +447,4 @@ def _start_block(n: int, width: int, seed: int, operator: _Operator) -> tuple[Te
     """An orthonormal basis of a Gaussian block, and the block in terms of it."""
     # A CPU generator: the same block on every device.
     gaussian = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
-    q, r = operator.tall.qr(gaussian.to(operator.w0.device, torch.float64))
-    return _rounded(q, operator.dtype), r
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values that the sketch sees exactly; orthonormal to that dtype's rounding only."""
-    return x.to(dtype).double()
+    return operator.tall.qr(gaussian.to(operator.w0.device, torch.float64))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bkdfast.ops.tall_products import tall_combine, tall_dot
+from bkdfast.ops.tall_products import combine_and_dot, tall_combine, tall_dot
 from bkdfast.svd.numerics import threads
 
 # How far from orthonormal the result of a step of CholeskyQR may be, to be taken, and for one more step to mend it.
@@ -38,21 +38,33 @@ class Tall:
         with threads(self.callers):
             return tall_combine(a, c.contiguous(), x)
 
-    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Q and R, by CholeskyQR2 (Yamamoto et al. 2015, ETNA 44) where x is far enough from rank-deficient."""
-        first = None if self.lapack else cholesky_r(self.dot([x], x))
+    def combine_and_dot(
+        self, a: Sequence[Tensor], c: Tensor, x: Tensor | None = None, b: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """That, Y, and `[B Y]^T Y`."""
+        with threads(self.callers):
+            return combine_and_dot(a, c.contiguous(), x, b)
+
+    def qr(self, x: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Q and R, by CholeskyQR2 (Yamamoto et al. 2015, ETNA 44) where x is far enough from rank-deficient.
+
+        `gram`: its Gram matrix, where that is known.
+        """
+        if self.lapack:
+            return _lapack_qr(x)
+        first = cholesky_r(self.dot([x], x) if gram is None else gram)
         if first is None:
             return _lapack_qr(x)
         r, inverse, skewed = first
-        q = self.combine([x], inverse)
-        if skewed > _TAKEN:
-            second = cholesky_r(self.dot([q], q))
-            assert second is not None  # nearly orthonormal
-            q, r = self.combine([q], second[1]), second[0] @ r
-        return q, r
+        if skewed <= _TAKEN:
+            return self.combine([x], inverse), r
+        q, gram = self.combine_and_dot([x], inverse)
+        second = cholesky_r(gram)
+        assert second is not None  # nearly orthonormal
+        return self.combine([q], second[1]), second[0] @ r
 
     def directions(self, x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[n, w]`, `[w, w]` and R: the product of the first two is nearly orthonormal, times R it is x."""
+        """A `[n, w]`, B `[w, w]` and R with `x = A B R` and A B nearly orthonormal; `gram` as of `qr`."""
         found = None if self.lapack else cholesky_r(gram)
         if found is None:
             q, r = _lapack_qr(x)

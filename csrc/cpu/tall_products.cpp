@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../common/isa.h"
@@ -27,7 +28,8 @@ using torch::stable::Tensor;
 constexpr int64_t kPad = 8;     // columns are padded to the widest vector
 constexpr int64_t kChunk = 64;  // rows that are in the cache
 constexpr int64_t kGroups = 8;  // partial sums of A^T B, whatever the number of threads
-constexpr int64_t kSmall = int64_t{1} << 18;  // multiplications that are not worth a second thread
+// Multiplications that one thread does, in 0.2 ms: the others gain less than what a barrier costs on a busy machine.
+constexpr int64_t kSmall = int64_t{1} << 23;
 
 struct Block {
   const double* data;  // [n, width]
@@ -62,69 +64,93 @@ struct Tall {
   std::vector<Block> blocks;
   int64_t rows, columns = 0;
 
-  Tall(const std::vector<Tensor>& a, const char* op) {
-    STD_TORCH_CHECK(!a.empty() && a[0].dim() == 2, op, ": a must have one block of columns at least");
-    rows = a[0].size(0);
-    for (const Tensor& block : a) {
-      blocks.push_back({matrix(block, op, rows), block.size(1)});
-      columns += block.size(1);
-    }
+  Tall(const std::vector<Tensor>& parts, int64_t rows, const char* op) : rows(rows) {
+    for (const Tensor& part : parts) add(matrix(part, op, rows), part.size(1));
+  }
+  void add(const double* data, int64_t width) {
+    blocks.push_back({data, width});
+    columns += width;
   }
   Blocks list() const { return {blocks.data(), static_cast<int64_t>(blocks.size())}; }
 };
 
-Tensor tall_dot(std::vector<Tensor> a, Tensor b) {
-  const Tall tall(a, "tall_dot");
-  const double* right = matrix(b, "tall_dot", tall.rows);
-  const int64_t columns = b.size(1), stride = round_up(columns, kPad), size = tall.columns * stride;
-  Tensor out = torch::stable::new_empty(b, {tall.columns, columns});
-  double* to = static_cast<double*>(out.mutable_data_ptr());
+int64_t rows_of(const std::vector<Tensor>& a, const char* op) {
+  STD_TORCH_CHECK(!a.empty() && a[0].dim() == 2, op, ": a must have one block of columns at least");
+  return a[0].size(0);
+}
+
+// A^T B [P, columns], chunk after chunk of B's rows, each of which `make(from, to)` computes first.
+template <typename Make>
+void products(const Tall& a, const double* b, int64_t columns, bool small, double* out, const Make& make) {
+  const int64_t stride = round_up(columns, kPad), size = a.columns * stride;
   const auto kernel = BKDFAST_CHOOSE(dot_rows);
   const auto partial = allocate(kGroups * size);
-  const bool small = tall.rows * size < kSmall;
   torch::stable::parallel_for(0, kGroups, small ? kGroups : 1, [&](int64_t from, int64_t until) {
     const auto packed = std::make_unique<double[]>(columns == stride ? 0 : kChunk * stride);
     for (int64_t g = from; g < until; ++g) {
-      const int64_t begin = g * tall.rows / kGroups, end = (g + 1) * tall.rows / kGroups;
+      const int64_t begin = g * a.rows / kGroups, end = (g + 1) * a.rows / kGroups;
       double* sum = partial.get() + g * size;
       if (begin == end) std::fill_n(sum, size, 0.0);
-      kernel(tall.list(), right, columns, begin, end, stride, packed.get(), sum);
+      for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+        const int64_t stop = std::min(end, chunk + kChunk);
+        make(chunk, stop);
+        kernel(a.list(), b, columns, chunk, stop, stride, packed.get(), sum, chunk == begin);
+      }
     }
   });
-  torch::stable::parallel_for(0, tall.columns, small ? tall.columns : 64, [&](int64_t from, int64_t until) {
+  torch::stable::parallel_for(0, a.columns, small ? a.columns : 64, [&](int64_t from, int64_t until) {
     double* sum = partial.get();
     for (int64_t i = from; i < until; ++i) {
       for (int64_t g = 1; g < kGroups; ++g)
         for (int64_t at = i * stride; at < i * stride + columns; ++at) sum[at] += sum[g * size + at];
-      std::copy_n(sum + i * stride, columns, to + i * columns);
+      std::copy_n(sum + i * stride, columns, out + i * columns);
     }
   });
+}
+
+Tensor tall_dot(std::vector<Tensor> a, Tensor b) {
+  const Tall left(a, rows_of(a, "tall_dot"), "tall_dot");
+  const double* right = matrix(b, "tall_dot", left.rows);
+  Tensor out = torch::stable::new_empty(b, {left.columns, b.size(1)});
+  const bool small = left.rows * left.columns * b.size(1) < kSmall;
+  products(left, right, b.size(1), small, static_cast<double*>(out.mutable_data_ptr()), [](int64_t, int64_t) {});
   return out;
 }
 
-Tensor tall_combine(std::vector<Tensor> a, Tensor c, std::optional<Tensor> x) {
-  const Tall tall(a, "tall_combine");
-  const double* factors = matrix(c, "tall_combine", tall.columns);
+std::tuple<Tensor, Tensor> tall_combine(std::vector<Tensor> a, Tensor c, std::optional<Tensor> x, std::vector<Tensor> b,
+                                        bool dot) {
+  const char* op = "tall_combine";
+  const Tall left(a, rows_of(a, op), op);
+  const double* factors = matrix(c, op, left.columns);
   const int64_t columns = c.size(1), stride = round_up(columns, kPad);
-  const double* start = x ? matrix(*x, "tall_combine", tall.rows) : nullptr;
-  STD_TORCH_CHECK(!x || x->size(1) == columns, "tall_combine: x and c must have the same number of columns");
-  Tensor out = torch::stable::new_empty(c, {tall.rows, columns});
-  double* to = static_cast<double*>(out.mutable_data_ptr());
+  const double* start = x ? matrix(*x, op, left.rows) : nullptr;
+  STD_TORCH_CHECK(!x || x->size(1) == columns, op, ": x and c must have the same number of columns");
+  Tall other(b, left.rows, op);
+  Tensor y = torch::stable::new_empty(c, {left.rows, columns});
+  double* to = static_cast<double*>(y.mutable_data_ptr());
+  other.add(to, columns);
+  Tensor out = torch::stable::new_empty(c, {dot ? other.columns : 0, columns});
   std::unique_ptr<double[]> padded;
   if (columns != stride) {
-    padded = std::make_unique<double[]>(tall.columns * stride);
-    for (int64_t i = 0; i < tall.columns; ++i) std::copy_n(factors + i * columns, columns, padded.get() + i * stride);
+    padded = std::make_unique<double[]>(left.columns * stride);
+    for (int64_t i = 0; i < left.columns; ++i) std::copy_n(factors + i * columns, columns, padded.get() + i * stride);
     factors = padded.get();
   }
   const auto kernel = BKDFAST_CHOOSE(combine_rows);
-  const int64_t chunks = (tall.rows + kChunk - 1) / kChunk;
-  const int64_t grain = kSmall / std::max<int64_t>(kChunk * tall.columns * stride, 1) + 1;
-  torch::stable::parallel_for(0, chunks, grain, [&](int64_t from, int64_t until) {
+  const auto make = [&](int64_t from, int64_t until) {
+    kernel(left.list(), factors, stride, start, to, columns, from, until);
+  };
+  const int64_t work = left.rows * columns * (left.columns + (dot ? other.columns : 0));
+  if (dot) {
+    products(other, to, columns, work < kSmall, static_cast<double*>(out.mutable_data_ptr()), make);
+    return {y, out};
+  }
+  const int64_t chunks = (left.rows + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(0, chunks, work < kSmall ? chunks : 1, [&](int64_t from, int64_t until) {
     for (int64_t chunk = from; chunk < until; ++chunk)
-      kernel(tall.list(), factors, stride, start, to, columns, chunk * kChunk,
-             std::min(tall.rows, (chunk + 1) * kChunk));
+      make(chunk * kChunk, std::min(left.rows, (chunk + 1) * kChunk));
   });
-  return out;
+  return {y, out};
 }
 
 }  // namespace

@@ -18,7 +18,10 @@ void dot_tile(const double* a, int64_t a_stride, const double* b, int64_t stride
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) acc[i][v] = fresh ? V::zero() : V::load(to + i * stride + v * V::kWidth);
   for (int64_t r = 0; r < rows; ++r) {
-    if (fetch) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(a + (r + kChunk) * a_stride)), 0, 2);
+    if (fetch) {  // the next chunk, which the hardware does not see coming; it may lie outside A
+      const uintptr_t next = reinterpret_cast<uintptr_t>(a) + (r + kChunk) * a_stride * sizeof(double);
+      __builtin_prefetch(reinterpret_cast<const char*>(next), 0, 2);
+    }
     V right[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) right[v] = V::load(b + r * stride + v * V::kWidth);
@@ -49,27 +52,25 @@ void dot_strip(const Blocks& a, int64_t row, const double* b, int64_t stride, in
   }
 }
 
-// to [P, stride] = A^T B of rows [begin, end); `packed` [kChunk, stride] holds B's where its columns need padding.
+// to [P, stride] (+)= A^T B of rows [begin, end), kChunk at most; `packed` [kChunk, stride] holds B's, and zeros behind
+// its columns, where they need padding.
 void dot_rows(const Blocks& a, const double* b, int64_t columns, int64_t begin, int64_t end, int64_t stride,
-              double* packed, double* to) {
+              double* packed, double* to, bool fresh) {
   constexpr int64_t kWidth = Vec<double>::kWidth;
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-    const int64_t rows = end - chunk < kChunk ? end - chunk : kChunk;
-    const double* right = b + chunk * columns;
-    if (columns != stride) {
-      for (int64_t r = 0; r < rows; ++r)
-        __builtin_memcpy(packed + r * stride, right + r * columns, columns * sizeof(double));
-      right = packed;
-    }
-    const bool fresh = chunk == begin;
-    int64_t c = 0;
-    // Never one vector at the end: that is half as fast.
-    for (; stride - c >= (kWide + 2) * kWidth || stride - c == kWide * kWidth; c += kWide * kWidth)
-      dot_strip<kWide>(a, chunk, right + c, stride, rows, to + c, fresh, c == 0);
-    for (; stride - c >= 2 * kWidth; c += 2 * kWidth)
-      dot_strip<2>(a, chunk, right + c, stride, rows, to + c, fresh, c == 0);
-    if (c < stride) dot_strip<1>(a, chunk, right + c, stride, rows, to + c, fresh, c == 0);
+  const int64_t rows = end - begin;
+  const double* right = b + begin * columns;
+  if (columns != stride) {
+    for (int64_t r = 0; r < rows; ++r)
+      __builtin_memcpy(packed + r * stride, right + r * columns, columns * sizeof(double));
+    right = packed;
   }
+  int64_t c = 0;
+  // Never one vector at the end: that is half as fast.
+  for (; stride - c >= (kWide + 2) * kWidth || stride - c == kWide * kWidth; c += kWide * kWidth)
+    dot_strip<kWide>(a, begin, right + c, stride, rows, to + c, fresh, c == 0);
+  for (; stride - c >= 2 * kWidth; c += 2 * kWidth)
+    dot_strip<2>(a, begin, right + c, stride, rows, to + c, fresh, c == 0);
+  if (c < stride) dot_strip<1>(a, begin, right + c, stride, rows, to + c, fresh, c == 0);
 }
 
 // to[r, :] = x[r, :] - sum_i a[r, i] c[i, :], or the sum where there is no x; I rows, N vectors from column `first` on.

@@ -240,7 +240,7 @@ def test_next_block_is_orthogonal_to_the_basis_however_little_a_direction_adds()
     y = torch.randn(500, 16, dtype=FP64, generator=g)
     sizes = 10.0 ** -torch.linspace(0, 13, 16, dtype=FP64)
     new = torch.linalg.qr(torch.randn(400, 16, dtype=FP64, generator=g))[0] * sizes
-    z = q @ torch.randn(16, 16, dtype=FP64, generator=g) + new @ torch.randn(16, 16, dtype=FP64, generator=g)
+    z = q @ (y.T @ y) + new @ torch.randn(16, 16, dtype=FP64, generator=g)
     block = krylov._Basis(q.contiguous(), y, z, noise=1e-19, tall=Tall()).next_block()
     assert block.shape[1] == 16
     assert (q.T @ block).abs().max() < 1e-14
