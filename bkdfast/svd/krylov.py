@@ -148,7 +148,7 @@ class _Operator:
         self.passes = 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, DeltaSketch]:
-        """x as the sketch sees it, orthonormal to its dtype's rounding only; y and z of that; what else it saw."""
+        """What the sketch sees of x, orthonormal to its dtype's rounding only; y and z of that; what else it gives."""
         rounded = x.to(self.dtype)
         with threads(self.callers):
             sketch = delta_sketch(self.w0, self.w1, rounded * self.scale, backend=self.backend)

@@ -147,8 +147,7 @@ std::tuple<Tensor, Tensor> tall_combine(std::vector<Tensor> a, Tensor c, std::op
   }
   const int64_t chunks = (left.rows + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, work < kSmall ? chunks : 1, [&](int64_t from, int64_t until) {
-    for (int64_t chunk = from; chunk < until; ++chunk)
-      make(chunk * kChunk, std::min(left.rows, (chunk + 1) * kChunk));
+    for (int64_t chunk = from; chunk < until; ++chunk) make(chunk * kChunk, std::min(left.rows, (chunk + 1) * kChunk));
   });
   return {y, out};
 }

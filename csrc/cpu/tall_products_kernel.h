@@ -9,8 +9,8 @@ constexpr int kTall = 4, kWide = 2;
 
 // to[i, :] (+)= sum_r a[r, i] b[r, :], i < I, for N vectors of columns.
 template <int I, int N>
-void dot_tile(const double* a, int64_t a_stride, const double* b, int64_t stride, int64_t rows, double* to,
-              bool fresh, bool fetch) {
+void dot_tile(const double* a, int64_t a_stride, const double* b, int64_t stride, int64_t rows, double* to, bool fresh,
+              bool fetch) {
   using V = Vec<double>;
   V acc[I][N];
 #pragma GCC unroll 8

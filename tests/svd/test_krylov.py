@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bkdfast.errors import NonFiniteError
+from bkdfast.ops import tall_products
 from bkdfast.svd import krylov
 from bkdfast.svd.krylov import leading_triplets
 from bkdfast.svd.numerics import svd
@@ -193,24 +194,25 @@ def test_tolerance_buys_passes():
 
 
 def test_same_seed_same_bits_whatever_the_threads():
-    """Bitwise here: panels do not depend on threads and the small algebra runs on one.
+    """Of the kernels: sums of theirs do not depend on threads, and LAPACK runs on one.
 
-    The vendor's matrix product does not promise it everywhere, so across thread counts closeness is what is asked for.
+    The vendor's matrix product does not promise it, so without them closeness is what is asked for.
     """
-    w0, w1, _ = pair(with_spectrum(700, 500, harmonic(500)))
+    w0, w1, _ = pair(with_spectrum(2000, 1500, harmonic(1500)))  # not so small that one thread does all of it
     before = torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 1, 2, 2):
             torch.set_num_threads(threads)
-            runs.append(leading_triplets(w0, w1, rank=8))
+            runs.append(leading_triplets(w0, w1, rank=60))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for a, b in ((runs[0], runs[1]), (runs[2], runs[3])):
-        assert all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("u", "s", "v", "residual"))
+    kernels = tall_products.DOT.serving("cpu") == "cpp"
+    for a, b in ((0, 1), (2, 3), *([(0, 2)] if kernels else [])):
+        assert all(torch.equal(getattr(runs[a], part), getattr(runs[b], part)) for part in ("u", "s", "v", "residual"))
     torch.testing.assert_close(runs[0].u, runs[2].u, atol=1e-5, rtol=0)
-    other = leading_triplets(w0, w1, rank=8, seed=1)
+    other = leading_triplets(w0, w1, rank=60, seed=1)
     assert not torch.equal(other.u, runs[0].u) and sin_theta(other.u, runs[0].u) < 1e-3
 
 
