@@ -1,4 +1,4 @@
-"""`tall_dot` and `tall_combine`: products of tall, thin float64 matrices, with the same bits for any number of threads.
+"""`tall_dot`, `tall_combine`, `cholesky_inverse`: products of tall, thin float64 matrices, with the same bits for any number of threads.
 
 With A `[n, P]` given as blocks of its columns, A = [A_1 A_2 ...]:
 
@@ -6,6 +6,14 @@ With A `[n, P]` given as blocks of its columns, A = [A_1 A_2 ...]:
     tall_combine(A, C) = A C                           [n, q]
     tall_combine(A, C, X) = X - A C                    [n, q]
     combine_and_dot(A, C, X, B) = Y, [B Y]^T Y         the Y above, and its products while it is in the cache
+
+and with a Gram matrix G = X^T X `[w, w]`, which makes columns orthonormal
+
+    cholesky_inverse(G) = R, R^-1, skewed              G = R^T R, R upper triangular
+
+where `skewed` says how far X R^-1 is from orthonormal by the rounding of G, within a small factor: eps |S^-1|_F^2, with
+S the R of X with columns of norm 1. It is infinite (or NaN) where there is no R, and the others then mean nothing. One op,
+because LAPACK's and what goes with them are ten, each of which finds cold caches after a pass over the weights.
 
 Shapes and dtypes: A_i `[n, w_i]`, B and X `[n, q]`, C `[P, q]`, all float64 and contiguous. n, w_i and q may be 0. The
 B of `combine_and_dot` is blocks of columns, like A, or none.
@@ -88,12 +96,40 @@ def _reference_combine(
     return y, _reference_dot([*b, y], y) if dot else c.new_empty(0, c.shape[1])
 
 
+def _check_gram(gram: Tensor) -> None:
+    _check([gram])
+    if gram.shape[0] != gram.shape[1]:
+        raise InvalidArgumentError(f"gram must be a square matrix, found {tuple(gram.shape)}")
+
+
+def _fake_cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(())
+
+
+def _reference_cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_gram(gram)
+    size = gram.diagonal().sqrt()
+    # In units of the columns' norms: their sizes do not matter.
+    upper, info = torch.linalg.cholesky_ex(gram / size / size[:, None], upper=True)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+    skewed = torch.finfo(gram.dtype).eps * inverse.square().sum()
+    r, inverse = (upper * size).contiguous(), (inverse / size[:, None]).contiguous()
+    return r, inverse, torch.where(info > 0, torch.inf, skewed)
+
+
 DOT = Op("tall_dot(Tensor[] a, Tensor b) -> Tensor", check=_check_dot, fake=_fake_dot, reference=_reference_dot)
 COMBINE = Op(
     "tall_combine(Tensor[] a, Tensor c, Tensor? x, Tensor[] b, bool dot) -> (Tensor, Tensor)",
     check=_check_combine,
     fake=_fake_combine,
     reference=_reference_combine,
+)
+CHOLESKY = Op(
+    "cholesky_inverse(Tensor gram) -> (Tensor, Tensor, Tensor)",
+    check=_check_gram,
+    fake=_fake_cholesky,
+    reference=_reference_cholesky,
 )
 
 
@@ -193,4 +229,31 @@ def _combine(
         return COMBINE.resolve(backend, c.device)(a, c, x, b, dot)
     except RuntimeError:
         _check_combine(a, c, x, b, dot)  # what a compiled kernel refuses, in our exceptions
+        raise
+
+
+def cholesky_inverse(gram: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """R of X, its inverse, and about how far `X R^-1` is from orthonormal, from the Gram matrix of X.
+
+    Args:
+        gram: `[w, w]` float64, contiguous.
+        backend: `"cpp"` or `"reference"`; None: the fastest that is there.
+
+    Returns:
+        R `[w, w]` upper triangular, `R^-1` `[w, w]`, and a scalar; see the module's docstring.
+
+    Raises:
+        InvalidArgumentError: it is not a square matrix, or not contiguous.
+        InvalidTypeError: it is not float64.
+        BackendError: `backend` cannot serve this op here.
+
+    Example:
+        >>> import torch
+        >>> cholesky_inverse(torch.tensor([[4.0]]).double())[:2]
+        (tensor([[2.]], dtype=torch.float64), tensor([[0.5000]], dtype=torch.float64))
+    """
+    try:
+        return CHOLESKY.resolve(backend, gram.device)(gram)
+    except RuntimeError:
+        _check_gram(gram)
         raise

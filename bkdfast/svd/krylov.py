@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bkdfast.errors import NonFiniteError
 from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
+from bkdfast.ops.tall_products import cholesky_inverse
 from bkdfast.svd.certificate import Angles, angles, upper_limits
 from bkdfast.svd.numerics import full_precision, svd, threads
 from bkdfast.svd.tall import Tall
@@ -263,9 +264,7 @@ class _Basis:
         # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q. Without that it
         # is nearly orthonormal, and Cholesky makes it so.
         block, gram = self.tall.combine_and_dot([base, *self.q], torch.cat((factor, -along @ factor)))
-        upper = torch.linalg.cholesky(gram, upper=True)
-        eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        return self.tall.combine([block], torch.linalg.solve_triangular(upper, eye, upper=True))
+        return self.tall.combine([block], cholesky_inverse(gram)[1])
 
 
 def _iterate(

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bkdfast.ops.tall_products import combine_and_dot, tall_combine, tall_dot
+from bkdfast.ops.tall_products import cholesky_inverse, combine_and_dot, tall_combine, tall_dot
 from bkdfast.svd.numerics import threads
 
-# How far from orthonormal the result of a step of CholeskyQR may be, to be taken, and for one more step to mend it.
+# About how far from orthonormal the result of a step of CholeskyQR may be: to be taken, and to be mended by another.
 _TAKEN, _MENDED = 1e-12, 1e-5
 
 
@@ -73,19 +73,12 @@ class Tall:
 
 
 def cholesky_r(gram: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """R of a matrix X with Gram matrix `gram` `[w, w]`, its inverse, and how far X R^-1 is from orthonormal, at most.
+    """R of a matrix X with Gram matrix `gram` `[w, w]`, its inverse, and about how far X R^-1 is from orthonormal.
 
     None: that is too much.
     """
-    size = gram.diagonal().sqrt()
-    # In units of the columns' norms: their sizes do not matter.
-    upper, info = torch.linalg.cholesky_ex(gram / size / size[:, None], upper=True)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-    skewed = torch.finfo(gram.dtype).eps * float(inverse.square().sum())
-    if int(info) or not skewed <= _MENDED:
-        return None
-    return upper * size, inverse / size[:, None], skewed
+    r, inverse, skewed = cholesky_inverse(gram.contiguous())
+    return (r, inverse, float(skewed)) if float(skewed) <= _MENDED else None
 
 
 def _lapack_qr(x: Tensor) -> tuple[Tensor, Tensor]:

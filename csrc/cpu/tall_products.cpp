@@ -1,4 +1,5 @@
-// tall_dot and tall_combine on the CPU: A^T B, A C and X - A C of tall float64 matrices (bkdfast/ops/tall_products.py).
+// tall_dot, tall_combine and cholesky_inverse on the CPU (bkdfast/ops/tall_products.py): A^T B, A C and X - A C of tall
+// float64 matrices, and what makes their columns orthonormal.
 //
 // A is a list of blocks of columns, each stored by rows, so that a basis grows without being copied. Vectors run along
 // the columns of B and C, entries of A are broadcast.
@@ -12,7 +13,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -152,9 +155,57 @@ std::tuple<Tensor, Tensor> tall_combine(std::vector<Tensor> a, Tensor c, std::op
   return {y, out};
 }
 
+// The upper triangles of U with `u` = U^T U, in place, and of its inverse; false where there is none.
+bool factor(double* u, double* inverse, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double pivot = u[i * n + i];
+    if (!(pivot > 0)) return false;
+    for (int64_t j = i; j < n; ++j) u[i * n + j] /= std::sqrt(pivot);
+    for (int64_t k = i + 1; k < n; ++k)
+      for (int64_t j = k; j < n; ++j) u[k * n + j] -= u[i * n + k] * u[i * n + j];
+  }
+  for (int64_t i = n - 1; i >= 0; --i) {
+    inverse[i * n + i] = 1;
+    for (int64_t k = i + 1; k < n; ++k)
+      for (int64_t j = k; j < n; ++j) inverse[i * n + j] -= u[i * n + k] * inverse[k * n + j];
+    for (int64_t j = i; j < n; ++j) inverse[i * n + j] /= u[i * n + i];
+  }
+  return true;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cholesky_inverse(Tensor gram) {
+  const char* op = "cholesky_inverse";
+  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1), op, ": gram must be a square matrix");
+  const int64_t n = gram.size(0);
+  const double* from = matrix(gram, op, n);
+  Tensor upper = torch::stable::new_empty(gram, {n, n});
+  Tensor inverse = torch::stable::new_empty(gram, {n, n});
+  Tensor skewed = torch::stable::new_empty(gram, {});
+  double* u = static_cast<double*>(upper.mutable_data_ptr());
+  double* v = static_cast<double*>(inverse.mutable_data_ptr());
+  const auto size = allocate(n);
+  for (int64_t i = 0; i < n; ++i) size[i] = std::sqrt(from[i * n + i]);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) u[i * n + j] = j < i ? 0 : from[i * n + j] / size[j] / size[i];
+  std::fill_n(v, n * n, 0.0);
+  double squares = std::numeric_limits<double>::infinity();
+  if (factor(u, v, n)) {
+    squares = 0;
+    for (int64_t i = 0; i < n * n; ++i) squares += v[i] * v[i];
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i; j < n; ++j) {
+      u[i * n + j] *= size[j];
+      v[i * n + j] /= size[i];
+    }
+  *static_cast<double*>(skewed.mutable_data_ptr()) = std::numeric_limits<double>::epsilon() * squares;
+  return {upper, inverse, skewed};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bkdfast, CPU, m) {
   m.impl("tall_dot", TORCH_BOX(&tall_dot));
   m.impl("tall_combine", TORCH_BOX(&tall_combine));
+  m.impl("cholesky_inverse", TORCH_BOX(&cholesky_inverse));
 }

@@ -1,11 +1,11 @@
-"""`tall_dot`, `tall_combine` and `combine_and_dot` against exact sums, over backends and shapes."""
+"""`tall_dot`, `tall_combine`, `combine_and_dot` and `cholesky_inverse`, over backends and shapes."""
 
 import pytest
 import torch
 
 from bkdfast.errors import BackendError, InvalidArgumentError, InvalidTypeError
 from bkdfast.ops import tall_products as module
-from bkdfast.ops.tall_products import combine_and_dot, tall_combine, tall_dot
+from bkdfast.ops.tall_products import cholesky_inverse, combine_and_dot, tall_combine, tall_dot
 
 FP64 = torch.float64
 # Rows, widths of A's blocks, columns of B: tiles, vectors, chunks and groups short, whole and one over.
@@ -99,6 +99,41 @@ def test_what_is_not_finite_stays_in_its_row_and_column(value, backend):
     assert not got[130].isfinite().all() and got[torch.arange(200) != 130].isfinite().all()
 
 
+@pytest.mark.parametrize("grade", [0, 150])
+@pytest.mark.parametrize("width", [0, 1, 2, 7, 16, 33, 80])
+def test_cholesky_makes_columns_orthonormal_whatever_their_sizes(width, grade, backend):
+    x = make(300, [width], 1, gaussian)[0][0]
+    sizes = 10.0 ** torch.linspace(-grade, grade, width, dtype=FP64)
+    gram = (x.T @ x) * sizes * sizes[:, None]
+    r, inverse, skewed = cholesky_inverse(gram, backend=backend)
+    eye = torch.eye(width, dtype=FP64)
+    assert torch.equal(r, r.triu()) and torch.equal(inverse, inverse.triu()) and (r.diagonal() > 0).all()
+    torch.testing.assert_close((r / sizes).T @ (r / sizes), x.T @ x)
+    torch.testing.assert_close((r / sizes) @ (inverse * sizes[:, None]), eye)
+    q = x @ (inverse * sizes[:, None])
+    assert width == 0 or torch.linalg.matrix_norm(q.T @ q - eye, 2) <= 8 * skewed + 1e-14
+    assert skewed <= 1e-12
+
+
+def test_cholesky_says_how_far_from_orthonormal(backend):
+    x = make(300, [16], 1, gaussian)[0][0]
+    x[:, 9] = x[:, 3] + 1e-5 * x[:, 9]
+    _, inverse, skewed = cholesky_inverse(x.T @ x, backend=backend)
+    q = x @ inverse
+    off = torch.linalg.matrix_norm(q.T @ q - torch.eye(16), 2)
+    assert 1e-8 < off <= 8 * skewed < 1e-3
+
+
+@pytest.mark.parametrize("entry", [0.0, -1.0, float("nan")])
+def test_cholesky_without_a_factor(entry, backend):
+    x = make(30, [5], 1, gaussian)[0][0]
+    gram = x.T @ x
+    gram[3, 3] = entry
+    assert not cholesky_inverse(gram, backend=backend)[2] < float("inf")
+    gram = torch.ones(5, 5, dtype=FP64)
+    assert not cholesky_inverse(gram, backend=backend)[2] < float("inf")
+
+
 def test_input_is_not_changed(backend):
     a, c, x = make(100, [9, 3], 5)
     before = [tensor.clone() for tensor in (*a, c, x)]
@@ -112,6 +147,7 @@ def test_input_is_not_changed(backend):
 def test_opcheck(start, dot):
     a, c, x = make(20, [3, 4], 5, gaussian)
     torch.library.opcheck(torch.ops.bkdfast.tall_dot.default, (a, x))
+    torch.library.opcheck(torch.ops.bkdfast.cholesky_inverse.default, (x.T @ x,))
     arguments = (a, c, x if start else None, a[:1] if dot else [], dot)
     torch.library.opcheck(torch.ops.bkdfast.tall_combine.default, arguments)
 
@@ -144,6 +180,8 @@ ONE = torch.ones(4, 2, dtype=FP64)
         (lambda: tall_combine([ONE], ONE[:2], ONE[:3]), InvalidArgumentError, "x must have 4 rows"),
         (lambda: tall_combine([ONE], ONE[:2], ONE.repeat(1, 2)), InvalidArgumentError, "x must have 2 columns"),
         (lambda: combine_and_dot([ONE], ONE[:2], None, [ONE[:3]]), InvalidArgumentError, r"b\[0\] must have 4 rows"),
+        (lambda: cholesky_inverse(ONE), InvalidArgumentError, "gram must be a square matrix"),
+        (lambda: cholesky_inverse(ONE[:2].float()), InvalidTypeError, "must be torch.float64"),
         (lambda: combine_and_dot([ONE], ONE[:2].float()), InvalidTypeError, "c must be torch.float64"),
     ],
 )
