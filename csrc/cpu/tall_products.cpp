@@ -6,6 +6,18 @@
 //
 // Sums: rows of A^T B are cut into kGroups runs, whose sums are added in their order; an entry of A C is one sum. No
 // sum depends on the number of threads, nor does any bit of the result; it does depend on the instruction set.
+//
+// Floor: 2 n P q flops. One thread of a Xeon with AVX-512 (fma peak 106 GFLOP/s), n = 4096, nothing in L2,
+// milliseconds; torch.mm is as fast on one thread, and its bits change with the number of threads:
+//
+//   P x q           16 x 16   48 x 16   128 x 32   80 x 80   400 x 80
+//   A^T B             0.07      0.14       0.61      0.82       3.7
+//     torch.mm        0.07      0.13       0.53      0.75       3.7
+//   X - A C           0.08      0.15       0.60      0.82       3.7
+//     torch.addmm     0.09      0.15       0.53      0.86       3.5
+//
+// Lost: fetching A ahead in A C (it gains 1.2 times at 400 x 80 in A^T B); a second thread below kSmall, which gains
+// 0.1 ms a product, and 4 to 8 ms are lost where another process holds that core.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
