@@ -16,8 +16,9 @@
 //   X - A C           0.08      0.15       0.60      0.82       3.7
 //     torch.addmm     0.09      0.15       0.53      0.86       3.5
 //
-// Lost: fetching A ahead in A C (it gains 1.2 times at 400 x 80 in A^T B); a second thread below kSmall, which gains
-// 0.1 ms a product, and 4 to 8 ms are lost where another process holds that core.
+// Lost: fetching A ahead in A C (in A^T B it gains 1.2 times at 400 x 80). kSmall = 2^23: leading_triplets of 4096 x
+// 4096 with two threads is 2 to 7% slower at k = 8 and 20, and 1.3 times faster where another process holds one of the
+// two cores. 2^18: no faster, and there five times slower.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -43,8 +44,9 @@ using torch::stable::Tensor;
 constexpr int64_t kPad = 8;     // columns are padded to the widest vector
 constexpr int64_t kChunk = 64;  // rows that are in the cache
 constexpr int64_t kGroups = 8;  // partial sums of A^T B, whatever the number of threads
-// Multiplications that one thread does, in 0.2 ms: the others gain less than what a barrier costs on a busy machine.
-constexpr int64_t kSmall = int64_t{1} << 23;
+// Multiplications that one thread does, in 0.05 ms. A second thread gains little there, and where another process holds
+// its core, it is waited for a few milliseconds.
+constexpr int64_t kSmall = int64_t{1} << 21;
 
 struct Block {
   const double* data;  // [n, width]
