@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 # The files that run the C++ kernels, again for each instruction set that the CPU can be told to do without.
 KERNELS := tests/ops/test_patch_heads.py tests/ops/test_delta_sketch.py tests/ops/test_cosine_monitor.py tests/ops/test_norm_tap.py \
-           tests/ops/test_prefix_attention.py
+           tests/ops/test_prefix_attention.py tests/ops/test_tall_products.py
 # Those that use the matrix unit (AMX) where there is one, and AVX-512 without.
 MATRIX_UNIT := tests/ops/test_delta_sketch.py
 

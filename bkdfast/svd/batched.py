@@ -32,7 +32,6 @@ from bkdfast.svd.krylov import (
     dense,
     leading_triplets,
     norm_by_gram,
-    project_out,
     promising,
     signed,
     space_limits,
@@ -203,7 +202,7 @@ class _Batch:
         if self.passes == 0:
             self.frobenius = torch.stack([sketch.frobenius_sq for sketch in sketches]).sqrt()
             self.changed = torch.stack([sketch.changed for sketch in sketches])
-        rest, coefficients = project_out(y, self.p)
+        rest, coefficients = _project_out(y, self.p)
         p, r = _cholesky_qr(rest)
         below = r.new_zeros(len(r), self.width, self.r.shape[2])
         self.r = torch.cat((torch.cat((self.r, coefficients), 2), torch.cat((below, r), 2)), 1)
@@ -216,9 +215,9 @@ class _Batch:
         """An orthonormal basis of what the newest Z adds to Q, `[B, n, w]`."""
         newest = slice(-self.width, None)
         # In units of its own rounding, a weak column counts like a strong one.
-        added, _ = project_out(self.z[:, :, newest] / self.size[:, None, newest], self.q)
+        added, _ = _project_out(self.z[:, :, newest] / self.size[:, None, newest], self.q)
         block, _ = _cholesky_qr(added)
-        block, _ = _cholesky_qr(project_out(block, self.q)[0])
+        block, _ = _cholesky_qr(_project_out(block, self.q)[0])
         return block.to(self.dtype)
 
     def views(self) -> list[_View]:
@@ -281,3 +280,11 @@ def _cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
         total = upper if total is None else upper @ total
     assert total is not None
     return x, total
+
+
+def _project_out(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """`x - B B^T x` of `[..., n, w]`, twice (Gram-Schmidt is accurate then), and the coefficients."""
+    first = basis.mT @ x
+    x = x - basis @ first
+    second = basis.mT @ x
+    return x - basis @ second, first + second

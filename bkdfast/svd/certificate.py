@@ -83,21 +83,27 @@ def upper_limits(theta: Tensor, rows: Tensor, outside: Tensor, degree: int, slac
     low, high = theta[1:count], theta[: count - 1]
     at = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, _PLACES, dtype=torch.float64)  # [J, A]
     below = torch.arange(len(theta)) >= j[:, None]  # [J, N]
-    kernel = kernel_polynomial(theta, theta * share * below, degree, at)  # [J, A, N], p(a) = 1
-    size = kernel * (theta * share).sqrt()
-    rest = (size * below[:, None]).square().sum(2).sqrt()[:, :, None]  # [J, A, 1]
+    weight = theta * share * below
+    kernel = kernel_polynomial(theta, weight, degree, at)  # [J, A, N], p(a) = 1
+    squares = kernel.square()
+    rest = (squares @ weight[:, :, None]).sqrt()  # [J, A, 1]
     some = slice(k - 1, k - 1 + _SHARPER)
-    weights = (kernel[some].square() * theta * below[some, None]).flatten(0, 1)  # [S A, N]
+    weights = (squares[some] * theta * below[some, None]).flatten(0, 1)  # [S A, N]
     rest[some] = torch.minimum(rest[some], _row_norm(weights, rows).view_as(rest[some]))
-    above, theta, outside = ~below[:, None, : count - 1], theta[: count - 1], outside[: count - 1]  # [J, 1, I]
-    size = size[:, :, : count - 1].abs()
+    size = kernel[:, :, : count - 1].abs() * (theta * share).sqrt()[: count - 1]
+    above, theta, outside = ~below[:, : count - 1], theta[: count - 1], outside[: count - 1]  # [J, I], [I], [I]
     proven = torch.zeros_like(at, dtype=torch.bool)
     for leak in _LEAKS:
-        part = leak * rest / j[:, None, None] / size  # e_i, so that together they leak so much
+        # Where it may hold: elsewhere not even a run of one vector is enough.
+        limit, place = (~proven & (least[0] * at.sqrt() > (1 + leak) * rest[:, :, 0])).nonzero(as_tuple=True)  # [M]
+        if len(limit) == 0:
+            continue
+        reach, valid = rest[limit, place], above[limit]  # [M, 1], [M, I]
+        part = leak * reach / j[limit, None] / size[limit, place]  # e_i, so that together they leak so much
         ratio = (outside / part).square()
         delta = (ratio + (ratio * (ratio + 4 * theta)).sqrt()) / 2  # of e_i delta_i = outside_i sqrt(theta_i + delta_i)
-        members = _largest_cluster(torch.where(above, theta - delta, math.inf), theta + delta * above, above)
-        proven |= least[members] * at.sqrt() > (1 + leak) * rest[:, :, 0]
+        members = _largest_cluster(torch.where(valid, theta - delta, math.inf), theta + delta * valid, valid)
+        proven[limit, place] = least[members] * at[limit, place].sqrt() > (1 + leak) * reach[:, 0]
     proven &= (high - low > slack)[:, None]
     first = proven.int().argmax(1, keepdim=True)
     limits[1:] = torch.where(proven.any(1), at.gather(1, first)[:, 0] + slack, math.inf)
@@ -111,7 +117,8 @@ def _row_norm(weights: Tensor, rows: Tensor) -> Tensor:
         weights: `[L, N]`.
         rows: b `[N, w]`.
     """
-    gram = torch.einsum("ln,nv,nw->lvw", weights, rows, rows)
+    parts = weights.split(8)  # all at once would leave the cache
+    gram = torch.cat([rows.T @ (part[:, :, None] * rows) for part in parts])  # [L, w, w]
     return torch.linalg.matrix_norm(gram @ gram).pow(0.25)
 
 
@@ -154,7 +161,7 @@ def kernel_polynomial(nodes: Tensor, weight: Tensor, degree: int, at: Tensor) ->
         # Zero but for rounding where a polynomial of degree d + 1 vanishes at all nodes with weight.
         norm = (weight * new.square()).sum(1).sqrt().clamp(min=1e-13)[:, None]
         basis[:, d + 1], values[:, d + 1] = new / norm, value / norm
-    return values.transpose(1, 2) @ basis / values.square().sum(1)[:, :, None]
+    return (values / values.square().sum(1, keepdim=True)).transpose(1, 2) @ basis
 
 
 def _largest_cluster(low: Tensor, high: Tensor, valid: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ from torch import Tensor
 
 from bkdfast.errors import NonFiniteError
 from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
+from bkdfast.ops.tall_products import cholesky_inverse
 from bkdfast.svd.certificate import Angles, angles, upper_limits
 from bkdfast.svd.numerics import full_precision, svd, threads
+from bkdfast.svd.tall import Tall
 
 DENSE_SIDE = 256
 _OVERSAMPLING = 8
@@ -39,6 +41,9 @@ _WIDTH = 16
 FLOOR = 2.0
 # Directions of the next block with less than this many times the rounding of Z are rounding.
 SIGNAL = 4.0
+# Residuals are far from converged with so many times their uncertainty to spare: what blocks left out as rounding adds.
+_FAR = 2 * SIGNAL
+_STRONG = 1e-3  # share of the first singular value
 # Degree of the certificate's polynomials in an invariant space: higher ones gain little, and lose to rounding.
 _DEGREE = 8
 # A gap between squared singular values, relative to the larger one, that is worth further passes to certify.
@@ -140,48 +145,57 @@ class _Operator:
     def __init__(self, w0: Tensor, w1: Tensor, backend: str | None, callers: int) -> None:
         self.w0, self.w1, self.backend, self.callers = w0, w1, backend, callers
         self.dtype = sketch_dtype(w0, w1)
+        self.tall = Tall(callers, lapack=self.dtype == torch.float64 or w0.device.type != "cpu")
         self.scale = 1.0
         self.passes = 0
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, DeltaSketch]:
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, DeltaSketch]:
+        """What the sketch sees of x, orthonormal to its dtype's rounding only; y and z of that; what else it gives."""
+        rounded = x.to(self.dtype)
         with threads(self.callers):
-            sketch = delta_sketch(self.w0, self.w1, (x * self.scale).to(self.dtype), backend=self.backend)
+            sketch = delta_sketch(self.w0, self.w1, rounded * self.scale, backend=self.backend)
         self.passes += 1
-        return sketch.y.double(), sketch.z.double() * self.scale, sketch
+        return rounded.double(), sketch.y.double(), sketch.z.double().mul_(self.scale), sketch
 
-    def first(self, x: Tensor) -> tuple[Tensor, Tensor, float, int]:
-        y, z, sketch = self(x)
+    def first(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int]:
+        x, y, z, sketch = self(x)
         frobenius, changed = _norm_and_count(sketch)
         if frobenius > 0 and not TINY < frobenius < HUGE:
             self.scale = 2.0 ** -round(math.log2(frobenius))
-            y, z, _ = self(x)
-        return y, z, frobenius, changed
+            x, y, z, _ = self(x)
+        return x, y, z, frobenius, changed
 
 
 class _Basis:
-    """Q, Z = D^T D Q and the left factorisation D Q = P R of the blocks so far, all float64.
+    """Q, Z = D^T D Q and the left factorisation D Q = P R of the blocks so far, all float64; Q, Z and P in blocks.
 
     `noise` is the rounding of a column of D X; that of column j of Z is `noise * size[j]`, with `size` = |D q_j|.
-    `blocks` has their widths, `start` `[w, w]` the Gaussian start block in terms of the first one; None: it is not in
-    this basis.
+    `start` `[w, w]` is the Gaussian start block in terms of the first one; None: it is not in this basis.
     """
 
-    def __init__(self, q: Tensor, y: Tensor, z: Tensor, noise: float, start: Tensor | None = None) -> None:
-        self.noise, self.start, self.blocks = noise, start, [q.shape[1]]
-        self.q, self.z = q, z  # [n, w]
-        self.p, self.r = torch.linalg.qr(y)  # [m, w], [w, w]
-        self.size = torch.linalg.vector_norm(y, dim=0)  # [w]
-        self._rest: Tensor | None = None
+    def __init__(self, q: Tensor, y: Tensor, z: Tensor, noise: float, tall: Tall, start: Tensor | None = None) -> None:
+        self.noise, self.tall, self.start = noise, tall, start
+        self.q, self.z = [q], [z]  # [n, w] each
+        p, self.r = tall.qr(y)  # [N, N]
+        self.p = [p]  # [m, w] each
+        self.size = torch.linalg.vector_norm(self.r, dim=0)  # [N]
+        self._rest: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, q: Tensor, y: Tensor, z: Tensor) -> None:
-        rest, coefficients = project_out(y, self.p)
-        p, r = torch.linalg.qr(rest)
+        # But for rounding y lies in the newest block of P and in the next; then once more, for all of P.
+        newest = self.p[-1:]
+        first = self.tall.dot(newest, y)
+        y, products = self.tall.combine_and_dot(newest, first, y, self.p)
+        coefficients = products[: len(self.r)]
+        p, r = self.tall.qr(*self.tall.combine_and_dot(self.p, coefficients, y))
+        coefficients[-len(first) :] += first
         below = self.r.new_zeros(r.shape[0], self.r.shape[1])
-        self.r = torch.cat((torch.cat((self.r, coefficients), 1), torch.cat((below, r), 1)))
-        self.p = torch.cat((self.p, p), 1)
-        self.q, self.z = torch.cat((self.q, q), 1), torch.cat((self.z, z), 1)
-        self.size = torch.cat((self.size, torch.linalg.vector_norm(y, dim=0)))
-        self.blocks.append(q.shape[1])
+        new = torch.cat((coefficients, r))
+        self.r = torch.cat((torch.cat((self.r, below)), new), 1)
+        self.size = torch.cat((self.size, torch.linalg.vector_norm(new, dim=0)))
+        self.q.append(q)
+        self.z.append(z)
+        self.p.append(p)
         self._rest = None
 
     def limits(self, k: int, *, invariant: bool = False) -> Tensor:
@@ -190,49 +204,74 @@ class _Basis:
         `invariant`: what the newest Z adds to Q is only rounding.
         """
         assert self.start is not None
-        outside = None if invariant else self.rest().T @ self.rest()
-        return space_limits(self.r, self.blocks, outside, self.start, self.size, self.noise, max(k, 1))
+        outside = None if invariant else self.rest()[2]
+        blocks = [block.shape[1] for block in self.q]
+        return space_limits(self.r, blocks, outside, self.start, self.size, self.noise, max(k, 1))
 
     @property
     def single(self) -> bool:
         """One block only."""
-        return len(self.blocks) == 1
+        return len(self.q) == 1
 
     @property
     def room(self) -> int:
         """Columns that P may still get: its rows are no more."""
-        return max(self.p.shape[0] - self.q.shape[1], 0)
+        return max(self.p[0].shape[0] - len(self.r), 0)
 
-    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U_R, s, W with R = U_R diag(s) W^T."""
+    def ritz(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U_R, s, W with R = U_R diag(s) W^T; of U_R, `rank` columns at least."""
+        if not self.tall.lapack:
+            # Half the time of an SVD. Squares lose digits, but none that float32 sketches have of triplets so strong.
+            squares, w = torch.linalg.eigh(self.r.T @ self.r)
+            s, w = squares.flip(0).clamp(min=0).sqrt(), w.flip(1)
+            if s[rank - 1] > _STRONG * s[0]:
+                return self.r @ w[:, :rank] / s[:rank], s, w
         return svd(self.r)
 
-    def residual(self, s: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """`||D^T u - s v||` of the given Ritz triplets from the stored Z, and its uncertainty by rounding."""
-        residual = torch.linalg.vector_norm(self.z @ w - (self.q @ w) * s.square(), dim=0) / s
-        uncertainty = self.noise * torch.linalg.vector_norm(self.size[:, None] * w, dim=0) / s
-        return residual, uncertainty
+    def residual(self, s: Tensor, w: Tensor) -> Tensor:
+        """`||D^T u - s v||` of the given Ritz triplets, from the stored Z."""
+        parts = self.tall.combine([*self.z, *self.q], torch.cat((w, -w * s.square())))
+        return torch.linalg.vector_norm(parts, dim=0) / s
 
-    def rest(self) -> Tensor:
-        """What the newest Z adds to Q `[n, newest]`."""
+    def uncertainty(self, s: Tensor, w: Tensor) -> Tensor:
+        """Of these residuals, by rounding."""
+        return self.noise * torch.linalg.vector_norm(self.size[:, None] * w, dim=0) / s
+
+    def beyond(self, s: Tensor, w: Tensor) -> Tensor:
+        """The part of these residuals that the newest Z adds to Q: all of it, but for rounding."""
+        gram = self.rest()[2]
+        return norm_by_gram(gram, w[-len(gram) :]) / s
+
+    def extend(self, operator: _Operator) -> bool:
+        """A pass over the next block, unless that is only rounding."""
+        x = self.next_block()
+        if x.shape[1] == 0:
+            return False
+        self.append(*operator(x)[:3])
+        return True
+
+    def rest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the newest Z adds to Q `[n, w]`, but for rounding; Q's products with it, and its Gram matrix."""
         if self._rest is None:
-            z = self.z[:, -self.blocks[-1] :]
-            self._rest = z - self.q @ (self.q.T @ z)
+            inside = self.r.T @ self.r[:, -self.q[-1].shape[1] :]  # Q^T Z, but for rounding
+            rest, products = self.tall.combine_and_dot(self.q, inside, self.z[-1], self.q)
+            self._rest = rest, products[: len(self.r)], products[len(self.r) :]
         return self._rest
 
     def next_block(self) -> Tensor:
         """An orthonormal basis of what the newest Z adds to Q; without columns where that is only rounding."""
-        size = self.size[-self.blocks[-1] :]
+        rest, along, gram = self.rest()
+        base, factor, r = self.tall.directions(rest, gram)
+        if base is not rest:
+            along = self.tall.dot(self.q, base)
         # In units of its own rounding, a weak column counts like a strong one.
-        rest = self.rest() / (self.noise * size).clamp(min=torch.finfo(size.dtype).tiny)
-        block, signal, _ = svd(rest)
-        block = block[:, : min(int((signal > SIGNAL).sum()), self.room)]
+        unit = (self.noise * self.size[-len(r) :]).clamp(min=torch.finfo(r.dtype).tiny)
+        turn, signal, _ = svd(r / unit)
+        factor = factor @ turn[:, : min(int((signal > SIGNAL).sum()), self.room)]
         # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q. Without that it
         # is nearly orthonormal, and Cholesky makes it so.
-        block = block - self.q @ (self.q.T @ block)
-        return torch.linalg.solve_triangular(
-            torch.linalg.cholesky(block.T @ block, upper=True), block, upper=True, left=False
-        )
+        block, gram = self.tall.combine_and_dot([base, *self.q], torch.cat((factor, -along @ factor)))
+        return self.tall.combine([block], cholesky_inverse(gram)[1])
 
 
 def _iterate(
@@ -240,37 +279,42 @@ def _iterate(
 ) -> Triplets:
     m, n = operator.w0.shape
     x, start = _start_block(n, width, seed, operator)
-    y, z, frobenius, changed = operator.first(x)
+    x, y, z, frobenius, changed = operator.first(x)
     if frobenius == 0:
         return _nothing(m, n, operator.dtype, changed, operator.passes)
     scale = operator.scale
     eps = torch.finfo(operator.dtype).eps
     floor, ignore_below = FLOOR * eps * frobenius * scale, ignore_below * scale
-    basis = _Basis(x, y, z, floor, start)
-    limits = basis.z.new_full((1,), math.inf).cpu()
+    basis = _Basis(x, y, z, floor, operator.tall, start)
+    limits = basis.r.new_full((1,), math.inf).cpu()
     while True:
-        u, ritz, whole = basis.ritz()
+        spent = operator.passes >= max_passes
+        if operator.passes == 1 and not spent and basis.extend(operator):
+            continue
+        u, ritz, whole = basis.ritz(rank)
         k = min(rank, int((ritz > floor).sum()))
         s, w = ritz[:k], whole[:, :k]
-        residual, uncertainty = basis.residual(s, w)
-        failing = (residual > tolerance * s + floor) & (s > ignore_below)
+        wanted, allowed, uncertainty = int((s > ignore_below).sum()), tolerance * s + floor, basis.uncertainty(s, w)
+        if not spent and not basis.single:
+            # While a residual is far too large, nobody asks for more than the next block.
+            far = basis.beyond(s, w) > 2 * allowed + _FAR * uncertainty
+            if bool(far[:wanted].any()) and basis.extend(operator):
+                continue
+        residual = basis.residual(s, w)
+        failing = (residual > allowed)[:wanted]
         stuck = bool(failing.any())
-        only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[failing].all())
-        spent = operator.passes >= max_passes
-        # While residuals fail and more is to come, nobody asks for the limits.
-        if basis.start is not None and (spent or not stuck):
-            limits = basis.limits(k)
-        bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, eps)
-        wanted = int((s > ignore_below).sum())
-        hopeful = basis.start is not None and promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
-        if spent or (operator.passes > 1 and not stuck and not hopeful):
-            break
-        x = basis.q.new_empty(n, 0) if only_rounding else basis.next_block()
-        if x.shape[1] > 0:
-            x = _rounded(x, operator.dtype)
-            y, z, _ = operator(x)
-            basis.append(x, y, z)
-        elif stuck and not basis.single:
+        only_rounding = stuck and not basis.single and bool((residual <= uncertainty)[:wanted][failing].all())
+        residual = residual + uncertainty
+        if spent or not stuck:
+            if basis.start is not None:
+                limits = basis.limits(k)
+            bounds = angles(ritz.cpu(), residual.cpu(), limits, floor, eps)
+            hopeful = basis.start is not None and promising(bounds, ritz.cpu(), wanted, len(limits), tolerance, floor)
+            if spent or (operator.passes > 1 and not hopeful):
+                break
+        if not only_rounding and basis.extend(operator):
+            continue
+        if stuck and not basis.single:
             if basis.start is not None:  # they are of D, and outlive the basis
                 limits = basis.limits(k)
             basis = _realign(basis, whole[:, :width], operator)
@@ -278,11 +322,12 @@ def _iterate(
             stuck = basis.room == 0
             if basis.start is not None and not stuck:
                 limits = basis.limits(k, invariant=True)
-                bounds = angles(ritz.cpu(), (residual + uncertainty).cpu(), limits, floor, eps)
+            bounds = angles(ritz.cpu(), residual.cpu(), limits, floor, eps)
             break
+    left, right = operator.tall.combine(basis.p, u[:, :k]), operator.tall.combine(basis.q, w)
     return Triplets(
-        *finish(basis.p @ u[:, :k], s / scale, basis.q @ w, operator.dtype),
-        residual=(residual + uncertainty).cpu() / scale,
+        *finish(left, s / scale, right, operator.dtype),
+        residual=residual.cpu() / scale,
         frobenius=frobenius,
         changed=changed,
         passes=operator.passes,
@@ -344,9 +389,8 @@ def promising(bounds: Angles, s: Tensor, wanted: int, reach: int, tolerance: flo
 
 def _realign(basis: _Basis, w: Tensor, operator: _Operator) -> _Basis:
     """A fresh basis of Ritz vectors `Q w`: one pass, and every column of Z has the size of its own triplet."""
-    x = _rounded(torch.linalg.qr(basis.q @ w)[0], operator.dtype)
-    y, z, _ = operator(x)
-    return _Basis(x, y, z, basis.noise)
+    x, y, z, _ = operator(operator.tall.qr(operator.tall.combine(basis.q, w))[0])
+    return _Basis(x, y, z, basis.noise, operator.tall)
 
 
 def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
@@ -409,18 +453,4 @@ def _start_block(n: int, width: int, seed: int, operator: _Operator) -> tuple[Te
     """An orthonormal basis of a Gaussian block, and the block in terms of it."""
     # A CPU generator: the same block on every device.
     gaussian = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
-    q, r = torch.linalg.qr(gaussian.to(operator.w0.device, torch.float64))
-    return _rounded(q, operator.dtype), r
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values that the sketch sees exactly; orthonormal to that dtype's rounding only."""
-    return x.to(dtype).double()
-
-
-def project_out(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """`x - B B^T x` of `[..., n, w]`, twice (Gram-Schmidt is accurate then), and the coefficients."""
-    first = basis.mT @ x
-    x = x - basis @ first
-    second = basis.mT @ x
-    return x - basis @ second, first + second
+    return operator.tall.qr(gaussian.to(operator.w0.device, torch.float64))

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from bkdfast.errors import NonFiniteError
+from bkdfast.ops import tall_products
 from bkdfast.svd import krylov
 from bkdfast.svd.krylov import leading_triplets
 from bkdfast.svd.numerics import svd
+from bkdfast.svd.tall import Tall
 from tests.svd.matrices import FP64, pair, sin_theta, with_spectrum
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -192,24 +194,25 @@ def test_tolerance_buys_passes():
 
 
 def test_same_seed_same_bits_whatever_the_threads():
-    """Bitwise here: panels do not depend on threads and the small algebra runs on one.
+    """Of the kernels: sums of theirs do not depend on threads, and LAPACK runs on one.
 
-    The vendor's matrix product does not promise it everywhere, so across thread counts closeness is what is asked for.
+    The vendor's matrix product does not promise it, so without them closeness is what is asked for.
     """
-    w0, w1, _ = pair(with_spectrum(700, 500, harmonic(500)))
+    w0, w1, _ = pair(with_spectrum(2000, 1500, harmonic(1500)))  # not so small that one thread does all of it
     before = torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 1, 2, 2):
             torch.set_num_threads(threads)
-            runs.append(leading_triplets(w0, w1, rank=8))
+            runs.append(leading_triplets(w0, w1, rank=60))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for a, b in ((runs[0], runs[1]), (runs[2], runs[3])):
-        assert all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("u", "s", "v", "residual"))
+    kernels = tall_products.DOT.serving("cpu") == "cpp"
+    for a, b in ((0, 1), (2, 3), *([(0, 2)] if kernels else [])):
+        assert all(torch.equal(getattr(runs[a], part), getattr(runs[b], part)) for part in ("u", "s", "v", "residual"))
     torch.testing.assert_close(runs[0].u, runs[2].u, atol=1e-5, rtol=0)
-    other = leading_triplets(w0, w1, rank=8, seed=1)
+    other = leading_triplets(w0, w1, rank=60, seed=1)
     assert not torch.equal(other.u, runs[0].u) and sin_theta(other.u, runs[0].u) < 1e-3
 
 
@@ -239,8 +242,8 @@ def test_next_block_is_orthogonal_to_the_basis_however_little_a_direction_adds()
     y = torch.randn(500, 16, dtype=FP64, generator=g)
     sizes = 10.0 ** -torch.linspace(0, 13, 16, dtype=FP64)
     new = torch.linalg.qr(torch.randn(400, 16, dtype=FP64, generator=g))[0] * sizes
-    z = q @ torch.randn(16, 16, dtype=FP64, generator=g) + new @ torch.randn(16, 16, dtype=FP64, generator=g)
-    block = krylov._Basis(q, y, z, noise=1e-19).next_block()
+    z = q @ (y.T @ y) + new @ torch.randn(16, 16, dtype=FP64, generator=g)
+    block = krylov._Basis(q.contiguous(), y, z, noise=1e-19, tall=Tall()).next_block()
     assert block.shape[1] == 16
     assert (q.T @ block).abs().max() < 1e-14
     assert (block.T @ block - torch.eye(16)).abs().max() < 1e-14
