@@ -1,4 +1,4 @@
-"""`tall_dot`, `tall_combine`, `cholesky_inverse`: products of tall, thin float64 matrices, with the same bits for any number of threads.
+"""`tall_dot`, `tall_combine`, `cholesky_inverse`: products and QR of tall float64 matrices, on any number of threads.
 
 With A `[n, P]` given as blocks of its columns, A = [A_1 A_2 ...]:
 
@@ -12,8 +12,8 @@ and with a Gram matrix G = X^T X `[w, w]`, which makes columns orthonormal
     cholesky_inverse(G) = R, R^-1, skewed              G = R^T R, R upper triangular
 
 where `skewed` says how far X R^-1 is from orthonormal by the rounding of G, within a small factor: eps |S^-1|_F^2, with
-S the R of X with columns of norm 1. It is infinite (or NaN) where there is no R, and the others then mean nothing. One op,
-because LAPACK's and what goes with them are ten, each of which finds cold caches after a pass over the weights.
+S the R of X with columns of norm 1. It is infinite (or NaN) where there is no R, and the others then mean nothing. One
+op, because LAPACK's and what goes with them are ten, each of which finds cold caches after a pass over the weights.
 
 Shapes and dtypes: A_i `[n, w_i]`, B and X `[n, q]`, C `[P, q]`, all float64 and contiguous. n, w_i and q may be 0. The
 B of `combine_and_dot` is blocks of columns, like A, or none.
