@@ -134,9 +134,8 @@ struct Rest {
 
 // What a panel needs, in memory of its own.
 struct TilePanel {
-  char* natural;     // tiles of a span
-  char* paired;      // tiles of all columns
-  char* y_parts;     // tiles [group][part], row c: the panel's rows of column c of Y
+  char* tiles;       // of D
+  char* y_parts;     // tiles of Y^T, of 16 columns of Y
   float* y;          // [kTilePanel, groups * 16]
   float* sums;       // [4, 16, 16]
   uint32_t* low;     // [steps of a span, 16]: the bits that the high parts left
@@ -150,9 +149,8 @@ TilePanel lay_out(char* memory, int64_t n, int64_t groups) {
   char* end = memory;
   const auto take = [&](int64_t bytes) { return std::exchange(end, end + (bytes + 63) / 64 * 64); };
   TilePanel panel;
-  panel.natural = take(kTileSpan / 32 * 4 * kTileBytes);
-  panel.paired = take(steps * 4 * kTileBytes);
-  panel.y_parts = take(groups * 3 * kTileBytes);
+  panel.tiles = take(steps * 4 * kTileBytes);
+  panel.y_parts = take(12 * kTileBytes);
   panel.y = reinterpret_cast<float*>(take(kTilePanel * groups * 64));
   panel.sums = reinterpret_cast<float*>(take(4 * 1024));
   panel.low = reinterpret_cast<uint32_t*>(take(kTileSpan / 32 * 64));
@@ -167,7 +165,7 @@ TilePanel lay_out(char* memory, int64_t n, int64_t groups) {
 }
 
 // Where column j of W is in Z.
-int64_t tile_column(int64_t j) { return j / 32 * 32 + j % 8 / 4 * 16 + j % 32 / 8 * 4 + j % 4; }
+int64_t tile_column(int64_t j) { return j / 32 * 32 + j % 2 * 16 + j % 32 / 2; }
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                        \

@@ -9,13 +9,12 @@
 //   X, Y = three parts         rounded to nearest, exactly.
 //   D X = high X1 + high X2 + high X3 + low X1 + low X2; what is left out is below 2^-24 of |D| |X|.
 //
-// A step is 32 columns of W. Tiles of a panel of 32 rows:
-//
-//   natural  [step][row / 16][part]       16 rows x 32 columns, the left factor of D X
-//   paired   [step][half][part]           16 pairs of rows x 16 columns, the right factor of Y^T D. Interleaving rows
-//                                         happens in 128-bit lanes, so that half h has columns 8 i + 4 h + (0 to 3)
-//
-// and Z, [k, columns], has its columns in the order of the halves: `tile_column` says where one is.
+// A step is 32 columns of W. D is stored in one kind of tiles, [step][row / 16][part], 16 rows x 32 columns: the left
+// factor of D X. As the right factor of Y^T D the unit takes such a tile for 32 rows, the columns of each pair one
+// below the other, and 16 columns. With zeros between the entries of Y every other of these rows drops out: Y^T D comes
+// in two halves, of even and of odd columns, at half the unit's rate, which still is more than the caches deliver. Z,
+// [k, columns], has its columns in the order of the halves: `tile_column` says where one is. A second kind of tiles,
+// whole for Y^T D, takes a tenth longer at k = 16: it is one more thing to write while D is formed.
 //
 // The norm adds four squares in float32, all else in float64. Denormal numbers are zero to the unit: the caller sees to
 // it that none matters.
@@ -100,18 +99,25 @@ __attribute__((noinline)) void note_rest(__m512 remainder, int64_t row, int64_t 
 // Two rows of a step: D into both kinds of tiles, its squares and changed entries counted.
 struct RowPair {
   const char *base[2], *tuned[2];
-  __mmask32 mask[2];  // columns that there are
-  int64_t row;        // of the first
+  __mmask32 mask[2];                // columns that there are
+  int64_t row;                      // of the first
+  int64_t base_ahead, tuned_ahead;  // bytes to what is read after these rows, which may lie outside the weights
 };
 
+BKDFAST_INLINE void fetch(const char* from, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + ahead), 0, 2);
+}
+
 template <bool kWhole>
-BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step, char* natural, char* paired,
-                              uint32_t* low, __m512d& squares, int64_t& changed, Rest& rest) {
+BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step, char* tiles, uint32_t* low,
+                              __m512d& squares, int64_t& changed, Rest& rest) {
   const __m512i upper = _mm512_set1_epi32(-65536), magnitude = _mm512_set1_epi16(0x7fff);
   __m512 even[2], odd[2];
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
     const char *from = rows.base[r] + step * 64, *to = rows.tuned[r] + step * 64;
+    fetch(from, rows.base_ahead);
+    fetch(to, rows.tuned_ahead);
     const __m512i base = kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(rows.mask[r], from);
     const __m512i tuned = kWhole ? _mm512_loadu_si512(to) : _mm512_maskz_loadu_epi16(rows.mask[r], to);
     even[r] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(tuned, 16)),
@@ -128,10 +134,8 @@ BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step,
 #pragma GCC unroll 2
   for (int part = 0; part < 2; ++part) {
     const __m512i first = pair_top_halves(even[0], odd[0]), second = pair_top_halves(even[1], odd[1]);
-    _mm512_store_si512(natural + part * kTileBytes, first);
-    _mm512_store_si512(natural + part * kTileBytes + 64, second);
-    _mm512_store_si512(paired + part * kTileBytes, _mm512_unpacklo_epi16(first, second));
-    _mm512_store_si512(paired + (2 + part) * kTileBytes, _mm512_unpackhi_epi16(first, second));
+    _mm512_store_si512(tiles + part * kTileBytes, first);
+    _mm512_store_si512(tiles + part * kTileBytes + 64, second);
     if (part == 1) break;
     changed += __builtin_popcount(_mm512_test_epi16_mask(first, magnitude)) +
                __builtin_popcount(_mm512_test_epi16_mask(second, magnitude));
@@ -159,7 +163,13 @@ void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, 
   const int64_t steps = (count + 31) / 32, whole = rows == kTilePanel ? count / 32 : 0;
   for (int64_t i = 0; i < steps * 16; ++i) at.low[i] = 0;
   for (int64_t q = 0; q < kTilePanel / 2; ++q) {
-    RowPair pair{{}, {}, {}, 2 * q};
+    RowPair pair{{}, {}, {}, 2 * q, 4 * job.base.row_stride, 4 * job.tuned.row_stride};
+    if (q == kTilePanel / 2 - 1) {
+      const bool last = column + count == job.n;
+      const int64_t rows_on = last ? 2 : 2 - kTilePanel, columns_on = last ? -column : kTileSpan;
+      pair.base_ahead = (rows_on * job.base.row_stride + columns_on) * 2;
+      pair.tuned_ahead = (rows_on * job.tuned.row_stride + columns_on) * 2;
+    }
     for (int r = 0; r < 2; ++r) {
       const bool there = 2 * q + r < rows;
       const int64_t row = panel + (there ? 2 * q + r : 0);
@@ -167,18 +177,16 @@ void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, 
       pair.tuned[r] = job.tuned.data + (row * job.tuned.row_stride + column) * 2;
       pair.mask[r] = there ? ~__mmask32{0} : 0;
     }
-    char* natural = at.natural + (q / 8) * 2 * kTileBytes + (q % 8) * 128;
-    char* paired = at.paired + column / 32 * 4 * kTileBytes + q * 64;
+    char* tiles = at.tiles + column / 32 * 4 * kTileBytes + q / 8 * 2 * kTileBytes + q % 8 * 128;
     __m512d squares = _mm512_setzero_pd();
     int64_t changed = 0;
     for (int64_t s = 0; s < whole; ++s)
-      form_step<true>(pair, column + s * 32, s, natural + s * 4 * kTileBytes, paired + s * 4 * kTileBytes,
-                      at.low + s * 16, squares, changed, at.rest);
+      form_step<true>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s * 16, squares, changed, at.rest);
     for (int64_t s = whole; s < steps; ++s) {
       if (count - s * 32 < 32)
         for (int r = 0; r < 2; ++r) pair.mask[r] &= (uint32_t{1} << (count - s * 32)) - 1;
-      form_step<false>(pair, column + s * 32, s, natural + s * 4 * kTileBytes, paired + s * 4 * kTileBytes,
-                       at.low + s * 16, squares, changed, at.rest);
+      form_step<false>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s * 16, squares, changed,
+                       at.rest);
     }
     totals.frobenius_sq += _mm512_reduce_add_pd(squares);
     totals.changed += changed;
@@ -190,7 +198,7 @@ void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, 
 }
 
 // y [32, 16] += D X for `steps` steps of a panel and 16 columns of X, whose tiles are `x_stride` apart.
-void multiply_tiles(const char* natural, const uint8_t* has_low, const char* x, int64_t x_stride, int64_t steps,
+void multiply_tiles(const char* tiles, const uint8_t* has_low, const char* x, int64_t x_stride, int64_t steps,
                     float* sums, float* y, int64_t y_stride) {
   // Sums of 16 rows each: 0 and 1 of the large products, 2 and 3 of the small ones, which round less so.
   for (int64_t begin = 0; begin < steps; begin += kTileSteps) {
@@ -199,7 +207,7 @@ void multiply_tiles(const char* natural, const uint8_t* has_low, const char* x, 
     BKDFAST_TILE_ZERO(2);
     BKDFAST_TILE_ZERO(3);
     for (int64_t s = begin; s < steps && s < begin + kTileSteps; ++s) {
-      const char *at = x + s * x_stride, *d = natural + s * 4 * kTileBytes;
+      const char *at = x + s * x_stride, *d = tiles + s * 4 * kTileBytes;
       BKDFAST_TILE_LOAD(5, at, 64);
       BKDFAST_TILE_LOAD(6, at + kTileBytes, 64);
       BKDFAST_TILE_LOAD(7, at + 2 * kTileBytes, 64);
@@ -230,43 +238,53 @@ void multiply_tiles(const char* natural, const uint8_t* has_low, const char* x, 
   }
 }
 
-// Y^T of a panel and 16 columns as left factors: [part] tiles, row c, entry r.
+// Y^T of a panel and 16 columns as left factors, [row / 16][part][half] tiles, row c: (y, 0) or (0, y) for each row.
 void cut_y(const float* y, int64_t y_stride, char* parts) {
-  const __m512i rows = _mm512_mullo_epi32(_mm512_set1_epi32(16),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  for (int q = 0; q < 16; ++q) {
-    __m512 first = _mm512_load_ps(y + 2 * q * y_stride), second = _mm512_load_ps(y + (2 * q + 1) * y_stride);
+  const __m512i sixteens =
+      _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+  for (int r = 0; r < kTilePanel; ++r) {
+    __m512 left = _mm512_load_ps(y + r * y_stride);
     for (int part = 0; part < 3; ++part) {
-      const __m512 a = nearest_bfloat16(first), b = nearest_bfloat16(second);
-      _mm512_i32scatter_epi32(parts + part * kTileBytes + q * 4, rows, pair_top_halves(a, b), 4);
-      first = _mm512_sub_ps(first, a);
-      second = _mm512_sub_ps(second, b);
+      const __m512 next = nearest_bfloat16(left);
+      char* to = parts + (r / 16 * 3 + part) * 2 * kTileBytes + r % 16 * 4;
+      _mm512_i32scatter_epi32(to, sixteens, _mm512_srli_epi32(_mm512_castps_si512(next), 16), 4);
+      _mm512_i32scatter_epi32(to + kTileBytes, sixteens, _mm512_castps_si512(next), 4);
+      left = _mm512_sub_ps(left, next);
     }
   }
 }
 
-// Half `half` of a step of z [16, 32] += Y^T D; tiles 5 to 7 hold Y^T.
-#define BKDFAST_ADD_HALF(half)                                      \
-  BKDFAST_TILE_LOAD(half, z + half * 16, z_stride * 4);             \
-  BKDFAST_TILE_LOAD(4, paired + 2 * half * kTileBytes, 64);         \
-  BKDFAST_TILE_FMA(half, 5, 4);                                     \
-  BKDFAST_TILE_FMA(half, 6, 4);                                     \
-  BKDFAST_TILE_FMA(half, 7, 4);                                     \
-  if (has_low[s]) {                                                 \
-    BKDFAST_TILE_LOAD(4, paired + (2 * half + 1) * kTileBytes, 64); \
-    BKDFAST_TILE_FMA(half, 5, 4);                                   \
-    BKDFAST_TILE_FMA(half, 6, 4);                                   \
-  }                                                                 \
-  BKDFAST_TILE_STORE(half, z + half * 16, z_stride * 4)
-
-void accumulate_tiles(const char* y_parts, const char* paired, const uint8_t* has_low, int64_t steps, float* z,
+// z [16, 32] of each of `steps` steps += Y^T D.
+void accumulate_tiles(const char* y_parts, const char* tiles, const uint8_t* has_low, int64_t steps, float* z,
                       int64_t z_stride) {
-  BKDFAST_TILE_LOAD(5, y_parts, 64);
-  BKDFAST_TILE_LOAD(6, y_parts + kTileBytes, 64);
-  BKDFAST_TILE_LOAD(7, y_parts + 2 * kTileBytes, 64);
-  for (int64_t s = 0; s < steps; ++s, z += 32, paired += 4 * kTileBytes) {
-    BKDFAST_ADD_HALF(0);
-    BKDFAST_ADD_HALF(1);
+  for (int64_t s = 0; s < steps; ++s, z += 32, tiles += 4 * kTileBytes) {
+    BKDFAST_TILE_LOAD(0, z, z_stride * 4);
+    BKDFAST_TILE_LOAD(1, z + 16, z_stride * 4);
+    const char* left = y_parts;
+    for (const char* d = tiles; d < tiles + 4 * kTileBytes; d += 2 * kTileBytes, left += 6 * kTileBytes) {
+      BKDFAST_TILE_LOAD(2, d, 64);
+      BKDFAST_TILE_LOAD(4, left, 64);
+      BKDFAST_TILE_LOAD(5, left + kTileBytes, 64);
+      BKDFAST_TILE_LOAD(6, left + 2 * kTileBytes, 64);
+      BKDFAST_TILE_LOAD(7, left + 3 * kTileBytes, 64);
+      BKDFAST_TILE_FMA(0, 4, 2);
+      BKDFAST_TILE_FMA(1, 5, 2);
+      BKDFAST_TILE_FMA(0, 6, 2);
+      BKDFAST_TILE_FMA(1, 7, 2);
+      if (has_low[s]) {
+        BKDFAST_TILE_LOAD(3, d + kTileBytes, 64);
+        BKDFAST_TILE_FMA(0, 4, 3);
+        BKDFAST_TILE_FMA(1, 5, 3);
+        BKDFAST_TILE_FMA(0, 6, 3);
+        BKDFAST_TILE_FMA(1, 7, 3);
+      }
+      BKDFAST_TILE_LOAD(4, left + 4 * kTileBytes, 64);
+      BKDFAST_TILE_LOAD(5, left + 5 * kTileBytes, 64);
+      BKDFAST_TILE_FMA(0, 4, 2);
+      BKDFAST_TILE_FMA(1, 5, 2);
+    }
+    BKDFAST_TILE_STORE(0, z, z_stride * 4);
+    BKDFAST_TILE_STORE(1, z + 16, z_stride * 4);
   }
 }
 
@@ -288,8 +306,9 @@ void sketch_tiles(const TileJob& job, int64_t begin, int64_t end, char* scratch,
       const int64_t count = job.n - column < kTileSpan ? job.n - column : kTileSpan, step = column / 32;
       form_span(job, panel, rows, column, count, at, totals);
       for (int64_t g = 0; g < job.groups; ++g)
-        multiply_tiles(at.natural, at.has_low + step, job.x_tiles + (step * job.groups + g) * 3 * kTileBytes,
-                       job.groups * 3 * kTileBytes, (count + 31) / 32, at.sums, at.y + g * 16, k);
+        multiply_tiles(at.tiles + step * 4 * kTileBytes, at.has_low + step,
+                       job.x_tiles + (step * job.groups + g) * 3 * kTileBytes, job.groups * 3 * kTileBytes,
+                       (count + 31) / 32, at.sums, at.y + g * 16, k);
     }
     if (rest.count > rest.capacity) totals.complete = false;
     const int64_t left = rest.count < rest.capacity ? rest.count : rest.capacity;
@@ -299,9 +318,8 @@ void sketch_tiles(const TileJob& job, int64_t begin, int64_t end, char* scratch,
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < job.k; ++c) job.y[(panel + r) * job.k + c] = at.y[r * k + c];
     for (int64_t g = 0; g < job.groups; ++g) {
-      cut_y(at.y + g * 16, k, at.y_parts + g * 3 * kTileBytes);
-      accumulate_tiles(at.y_parts + g * 3 * kTileBytes, at.paired, at.has_low, (job.n + 31) / 32,
-                       z + g * 16 * job.z_stride, job.z_stride);
+      cut_y(at.y + g * 16, k, at.y_parts);
+      accumulate_tiles(at.y_parts, at.tiles, at.has_low, (job.n + 31) / 32, z + g * 16 * job.z_stride, job.z_stride);
     }
     for (int64_t i = 0; i < left; ++i)
       for (int64_t c = 0; c < job.k; ++c)
