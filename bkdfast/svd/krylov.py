@@ -113,7 +113,7 @@ def leading_triplets(
     width, callers = block_width(rank), torch.get_num_threads()
     with full_precision(), threads(1), torch.no_grad():
         if dense(w0.shape[0], w0.shape[1], rank):
-            return _dense(w0, w1, rank, backend)
+            return _dense(w0, w1, rank, backend, callers)
         return _iterate(_Operator(w0, w1, backend, callers), rank, width, tolerance, max_passes, seed, ignore_below)
 
 
@@ -393,13 +393,13 @@ def _realign(basis: _Basis, w: Tensor, operator: _Operator) -> _Basis:
     return _Basis(x, y, z, basis.noise, operator.tall)
 
 
-def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
+def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None, callers: int) -> Triplets:
     (m, n), dtype = w0.shape, sketch_dtype(w0, w1)
     frobenius, changed = _norm_and_count(delta_sketch(w0, w1, w0.new_empty((n, 0), dtype=dtype), backend=backend))
     if frobenius == 0:
         return _nothing(m, n, dtype, changed, passes=1)
     delta = w1.double() - w0.double()
-    u, s, v = svd(delta)
+    u, s, v = _decomposed(delta, rank, callers, exact=dtype == torch.float64 or delta.device.type != "cpu")
     values = s.cpu()
     k = min(rank, int((s > FLOOR * torch.finfo(dtype).eps * frobenius).sum()))
     u, s, v = u[:, :k], s[:k], v[:, :k]
@@ -414,6 +414,19 @@ def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None) -> Triplets:
         converged=True,
         angles=angles(values, (residual + rounding).cpu(), known_limits(values), rounding, torch.finfo(dtype).eps),
     )
+
+
+def _decomposed(delta: Tensor, rank: int, callers: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s, V of a matrix with a small side; of U and V, `rank` columns at least. `exact`: by an SVD."""
+    if not exact:
+        # In half the time. Squares lose digits, but none that float32 has of triplets so strong.
+        tall = (delta if delta.shape[0] > delta.shape[1] else delta.T).contiguous()
+        squares, right = torch.linalg.eigh(Tall(callers).dot([tall], tall))
+        s, right = squares.flip(0).clamp(min=0).sqrt(), right.flip(1)[:, :rank]
+        if s[rank - 1] > _STRONG * s[0]:
+            left = Tall(callers).combine([tall], right / s[:rank])
+            return (left, s, right) if delta.shape[0] > delta.shape[1] else (right, s, left)
+    return svd(delta)
 
 
 def known_limits(s: Tensor) -> Tensor:
