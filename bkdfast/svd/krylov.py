@@ -152,10 +152,12 @@ class _Operator:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, DeltaSketch]:
         """What the sketch sees of x, orthonormal to its dtype's rounding only; y and z of that; what else it gives."""
         rounded = x.to(self.dtype)
+        scaled = rounded if self.scale == 1 else rounded * self.scale
         with threads(self.callers):
-            sketch = delta_sketch(self.w0, self.w1, rounded * self.scale, backend=self.backend)
+            sketch = delta_sketch(self.w0, self.w1, scaled, backend=self.backend)
         self.passes += 1
-        return rounded.double(), sketch.y.double(), sketch.z.double().mul_(self.scale), sketch
+        z = sketch.z.double()
+        return rounded.double(), sketch.y.double(), z if self.scale == 1 else z.mul_(self.scale), sketch
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float, int]:
         x, y, z, sketch = self(x)

@@ -138,7 +138,7 @@ struct TilePanel {
   char* y_parts;     // tiles of Y^T, of 16 columns of Y
   float* y;          // [kTilePanel, groups * 16]
   float* sums;       // [4, 16, 16]
-  uint32_t* low;     // [steps of a span, 16]: the bits that the high parts left
+  uint16_t* low;     // [steps of a span]: where the high parts leave something
   uint8_t* has_low;  // [steps]
   Rest rest;
   int64_t bytes;  // of all
@@ -153,7 +153,7 @@ TilePanel lay_out(char* memory, int64_t n, int64_t groups) {
   panel.y_parts = take(12 * kTileBytes);
   panel.y = reinterpret_cast<float*>(take(kTilePanel * groups * 64));
   panel.sums = reinterpret_cast<float*>(take(4 * 1024));
-  panel.low = reinterpret_cast<uint32_t*>(take(kTileSpan / 32 * 64));
+  panel.low = reinterpret_cast<uint16_t*>(take(kTileSpan / 32 * 2));
   panel.has_low = reinterpret_cast<uint8_t*>(take(steps));
   panel.rest.value = reinterpret_cast<float*>(take(capacity * 4));
   panel.rest.row = reinterpret_cast<int32_t*>(take(capacity * 4));
@@ -257,7 +257,7 @@ void add_columns(Acc* sum, const Acc* term, int64_t count) {
 struct Layout {
   int64_t panel;                   // rows of a panel
   int64_t z_rows, z_stride;        // of a partial Z
-  int64_t (*z_column)(int64_t j);  // where column j of W is in it
+  int64_t (*z_column)(int64_t j);  // where column j of W is in it: j's multiple of 64 and a place in these 64
   int64_t scratch;                 // bytes that a group of rows needs beside it
 };
 
@@ -271,13 +271,15 @@ void reduce_z(const std::vector<Part<Acc>>& parts, const Layout& layout, int64_t
   for (const Part<Acc>& part : parts) append(rest, part, note);
   for (size_t i = 1; i < rest.size(); ++i) note(rest[0].z, rest[i].z);
   constexpr int64_t kStep = 64;
+  int64_t order[kStep];  // it repeats
+  for (int64_t i = 0; i < kStep; ++i) order[i] = layout.z_column(i);
   torch::stable::parallel_for(0, (n + kStep - 1) / kStep, (grain + kStep - 1) / kStep, [&](int64_t from, int64_t to) {
     for (int64_t j = from * kStep; j < std::min(n, to * kStep); j += kStep)
       for (int64_t c = 0; c < k; ++c) {
         const int64_t at = c * layout.z_stride, count = std::min(kStep, n - j);
         const int64_t columns = std::min(kStep, layout.z_stride - j);  // a Z may have its columns in another order
         for (const auto& [sum, term] : sums) add_columns(sum + at + j, term + at + j, columns);
-        for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = rest[0].z[at + layout.z_column(j + i)];
+        for (int64_t i = 0; i < count; ++i) out[(j + i) * k + c] = rest[0].z[at + j + order[i]];
       }
   });
 }

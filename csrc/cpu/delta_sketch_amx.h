@@ -109,7 +109,7 @@ BKDFAST_INLINE void fetch(const char* from, int64_t ahead) {
 }
 
 template <bool kWhole>
-BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step, char* tiles, uint32_t* low,
+BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step, char* tiles, uint16_t* low,
                               __m512d& squares, int64_t& changed, Rest& rest) {
   const __m512i upper = _mm512_set1_epi32(-65536), magnitude = _mm512_set1_epi16(0x7fff);
   __m512 even[2], odd[2];
@@ -147,7 +147,7 @@ BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step,
     const __m512i some = _mm512_ternarylogic_epi32(_mm512_castps_si512(even[0]), _mm512_castps_si512(odd[0]),
                                                    _mm512_castps_si512(even[1]), 0xfe);
     const __m512i any = _mm512_or_si512(some, _mm512_castps_si512(odd[1]));
-    _mm512_store_si512(low, _mm512_or_si512(_mm512_load_si512(low), any));
+    *low |= _mm512_test_epi32_mask(any, any);
     if (__builtin_expect(_mm512_test_epi32_mask(any, _mm512_set1_epi32(0xffff)) != 0, 0)) {
       for (int r = 0; r < 2; ++r) {
         note_rest(even[r], rows.row + r, column, rest);
@@ -161,7 +161,7 @@ BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step,
 void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, int64_t count, TilePanel& at,
                Totals& totals) {
   const int64_t steps = (count + 31) / 32, whole = rows == kTilePanel ? count / 32 : 0;
-  for (int64_t i = 0; i < steps * 16; ++i) at.low[i] = 0;
+  for (int64_t s = 0; s < steps; ++s) at.low[s] = 0;
   for (int64_t q = 0; q < kTilePanel / 2; ++q) {
     RowPair pair{{}, {}, {}, 2 * q, 4 * job.base.row_stride, 4 * job.tuned.row_stride};
     if (q == kTilePanel / 2 - 1) {
@@ -181,20 +181,16 @@ void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, 
     __m512d squares = _mm512_setzero_pd();
     int64_t changed = 0;
     for (int64_t s = 0; s < whole; ++s)
-      form_step<true>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s * 16, squares, changed, at.rest);
+      form_step<true>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s, squares, changed, at.rest);
     for (int64_t s = whole; s < steps; ++s) {
       if (count - s * 32 < 32)
         for (int r = 0; r < 2; ++r) pair.mask[r] &= (uint32_t{1} << (count - s * 32)) - 1;
-      form_step<false>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s * 16, squares, changed,
-                       at.rest);
+      form_step<false>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s, squares, changed, at.rest);
     }
     totals.frobenius_sq += _mm512_reduce_add_pd(squares);
     totals.changed += changed;
   }
-  for (int64_t s = 0; s < steps; ++s) {
-    const __m512i low = _mm512_load_si512(at.low + s * 16);
-    at.has_low[column / 32 + s] = _mm512_test_epi32_mask(low, low) != 0;
-  }
+  for (int64_t s = 0; s < steps; ++s) at.has_low[column / 32 + s] = at.low[s] != 0;
 }
 
 // y [32, 16] += D X for `steps` steps of a panel and 16 columns of X, whose tiles are `x_stride` apart.
