@@ -23,10 +23,11 @@
 //   matrix unit     12       19       39           45       62       118
 //   AVX-512         15       25       62           46       79       184
 //
-// Of 12 ms, D takes 6, of which the memory's half is hidden badly, Y 2 and Z 2.4. Rounding of Y and Z is half of that of
-// fmas. Lost: a second kind of tiles, whole for Y^T D, the same at 4096 columns and 1.3 times slower at 11008 for what it
-// takes from the cache; D formed a second time for Z, a span of X and Z at a time for 128 rows, 1.3 to 1.8 times slower;
-// spans of 512 and 1024 columns, 1.1 to 1.2 times slower; fetching ahead within a row, or during the products.
+// Of 12 ms, D takes 6, of which the memory's half is hidden badly, Y 2 and Z 2.4. Rounding of Y and Z is half of that
+// of fmas. Lost: a second kind of tiles, whole for Y^T D, the same at 4096 columns and 1.3 times slower at 11008 for
+// what it takes from the cache; D formed a second time for Z, a span of X and Z at a time for 128 rows, 1.3 to 1.8
+// times slower; spans of 512 and 1024 columns, 1.1 to 1.2 times slower; fetching ahead within a row, or during the
+// products.
 //
 // The norm adds four squares in float32, all else in float64. Denormal numbers are zero to the unit: the caller sees to
 // it that none matters.
