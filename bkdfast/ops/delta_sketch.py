@@ -10,14 +10,15 @@ With D = W1 - W0 (tuned minus base), which is never stored:
 Shapes and dtypes: W0 and W1 `[m, n]`, each bfloat16, float16, float32 or float64, not necessarily the same, any strides
 (a transposed view is read in place); X `[n, k]` float32, or float64 when both weights are float64. Y and Z have X's
 dtype. The difference is taken in the wider of the two weight dtypes, at least float32, and rounded to X's dtype; sums
-for Y and Z run in X's dtype, the squared norm in float64 (on a CPU's matrix unit four squares at a time in float32, an
-error of 1e-9). m, n and k may be 0.
+for Y and Z run in X's dtype, the squared norm in float64 (on a CPU's matrix unit four squares at a time in float32, a
+relative error of 2e-7 at most and 1e-9 in large matrices). m, n and k may be 0.
 
 NaN and infinity propagate to Y, Z and `frobenius_sq` (an infinity at the same place of both weights gives NaN), so a
 non-finite `frobenius_sq` is the sign that the delta has one; NaN counts as changed. `+0` and `-0` are equal.
 
 Floor: reading both matrices once, 4 m n k flops. The CPU kernel allocates a Z for each of 16 groups of rows, whatever
-the number of threads, so that the sums do not depend on it: 16 n k numbers of X's dtype. The reference reads row panels
+the number of threads, so that the sums do not depend on it: 16 n k numbers of X's dtype, k rounded up to 16 on
+the matrix unit. The reference reads row panels
 of `_PANEL` elements, whose size does not depend on the number of threads. Its GEMMs obey
 `torch.set_float32_matmul_precision`; who needs float32 sets it.
 

@@ -12,7 +12,7 @@ times more than it need be where every column holds a part of the first triplet.
 pass on the Ritz vectors themselves (`_realign`) brings it down to eps ||D||_F, the floor of any method in this
 precision.
 
-Matrices with a small side are decomposed directly, in float64.
+Matrices with a small side are decomposed directly, in float64, by way of their Gram matrix where it has the digits.
 
 Sources: Halko, Martinsson & Tropp 2011 (SIAM Review 53(2)) for the random start block and oversampling; Musco & Musco
 2015 (NeurIPS) for block Krylov.
@@ -29,9 +29,8 @@ from torch import Tensor
 
 from bkdfast.errors import NonFiniteError
 from bkdfast.ops.delta_sketch import DeltaSketch, delta_sketch, sketch_dtype
-from bkdfast.ops.tall_products import cholesky_inverse
 from bkdfast.svd.certificate import Angles, angles, upper_limits
-from bkdfast.svd.numerics import full_precision, svd, threads
+from bkdfast.svd.numerics import from_squares, full_precision, svd, threads
 from bkdfast.svd.tall import Tall
 
 DENSE_SIDE = 256
@@ -43,7 +42,8 @@ FLOOR = 2.0
 SIGNAL = 4.0
 # Residuals are far from converged with so many times their uncertainty to spare: what blocks left out as rounding adds.
 _FAR = 2 * SIGNAL
-_STRONG = 1e-3  # share of the first singular value
+# Share of the first singular value above which squares have all the digits of float32.
+_STRONG = 1e-3
 # Degree of the certificate's polynomials in an invariant space: higher ones gain little, and lose to rounding.
 _DEGREE = 8
 # A gap between squared singular values, relative to the larger one, that is worth further passes to certify.
@@ -222,13 +222,11 @@ class _Basis:
 
     def ritz(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U_R, s, W with R = U_R diag(s) W^T; of U_R, `rank` columns at least."""
-        if not self.tall.lapack:
-            # Half the time of an SVD. Squares lose digits, but none that float32 sketches have of triplets so strong.
-            squares, w = torch.linalg.eigh(self.r.T @ self.r)
-            s, w = squares.flip(0).clamp(min=0).sqrt(), w.flip(1)
-            if s[rank - 1] > _STRONG * s[0]:
-                return self.r @ w[:, :rank] / s[:rank], s, w
-        return svd(self.r)
+        found = None if self.tall.lapack else from_squares(self.r.T @ self.r, rank, _STRONG)
+        if found is None:
+            return svd(self.r)
+        s, w = found
+        return self.r @ w[:, :rank] / s[:rank], s, w
 
     def residual(self, s: Tensor, w: Tensor) -> Tensor:
         """`||D^T u - s v||` of the given Ritz triplets, from the stored Z."""
@@ -253,7 +251,7 @@ class _Basis:
         return True
 
     def rest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the newest Z adds to Q `[n, w]`, but for rounding; Q's products with it, and its Gram matrix."""
+        """What the newest Z adds to Q `[n, w]`, with some of its rounding along Q; Q^T of it; its Gram matrix."""
         if self._rest is None:
             inside = self.r.T @ self.r[:, -self.q[-1].shape[1] :]  # Q^T Z, but for rounding
             rest, products = self.tall.combine_and_dot(self.q, inside, self.z[-1], self.q)
@@ -273,7 +271,7 @@ class _Basis:
         # Normalising a weak direction magnifies what rounding of the strong ones left in it along Q. Without that it
         # is nearly orthonormal, and Cholesky makes it so.
         block, gram = self.tall.combine_and_dot([base, *self.q], torch.cat((factor, -along @ factor)))
-        return self.tall.combine([block], cholesky_inverse(gram)[1])
+        return self.tall.orthonormal(block, gram)
 
 
 def _iterate(
@@ -420,15 +418,16 @@ def _dense(w0: Tensor, w1: Tensor, rank: int, backend: str | None, callers: int)
 
 def _decomposed(delta: Tensor, rank: int, callers: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """U, s, V of a matrix with a small side; of U and V, `rank` columns at least. `exact`: by an SVD."""
-    if not exact:
-        # In half the time. Squares lose digits, but none that float32 has of triplets so strong.
-        tall = (delta if delta.shape[0] > delta.shape[1] else delta.T).contiguous()
-        squares, right = torch.linalg.eigh(Tall(callers).dot([tall], tall))
-        s, right = squares.flip(0).clamp(min=0).sqrt(), right.flip(1)[:, :rank]
-        if s[rank - 1] > _STRONG * s[0]:
-            left = Tall(callers).combine([tall], right / s[:rank])
-            return (left, s, right) if delta.shape[0] > delta.shape[1] else (right, s, left)
-    return svd(delta)
+    if exact or min(delta.shape) > DENSE_SIDE:  # from there on, a Gram matrix takes more memory
+        return svd(delta)
+    upright, tall = delta.shape[0] > delta.shape[1], Tall(callers)
+    x = (delta if upright else delta.T).contiguous()
+    found = from_squares(tall.dot([x], x), rank, _STRONG)
+    if found is None:
+        return svd(delta)
+    s, right = found[0], found[1][:, :rank]
+    left = tall.combine([x], right / s[:rank])
+    return (left, s, right) if upright else (right, s, left)
 
 
 def known_limits(s: Tensor) -> Tensor:

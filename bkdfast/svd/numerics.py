@@ -56,6 +56,20 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (u, s, v) if tall is x else (v, s, u)
 
 
+def from_squares(gram: Tensor, rank: int, weakest: float) -> tuple[Tensor, Tensor] | None:
+    """All singular values `[w]` and right singular vectors `[w, w]` of a matrix X from `gram` = X^T X, float64.
+
+    A half or a third of the time of an SVD. Squares lose digits of weak values: None where value number `rank` is not
+    above `weakest` times the first, or LAPACK gives up.
+    """
+    try:
+        squares, v = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        return None
+    s = squares.flip(0).clamp(min=0).sqrt()
+    return (s, v.flip(1)) if bool(s[rank - 1] > weakest * s[0]) else None
+
+
 def _direct(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     return u, s, vt.mT

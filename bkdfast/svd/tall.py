@@ -63,6 +63,11 @@ class Tall:
         assert second is not None  # nearly orthonormal
         return self.combine([q], second[1]), second[0] @ r
 
+    def orthonormal(self, x: Tensor, gram: Tensor) -> Tensor:
+        """An orthonormal basis of the columns of a nearly orthonormal x with a Gram matrix."""
+        found = cholesky_r(gram)
+        return _lapack_qr(x)[0] if found is None else self.combine([x], found[1])
+
     def directions(self, x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A `[n, w]`, B `[w, w]` and R with `x = A B R` and A B nearly orthonormal; `gram` as of `qr`."""
         found = None if self.lapack else cholesky_r(gram)

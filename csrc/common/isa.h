@@ -24,11 +24,12 @@
 #include <string>
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
-#if defined(__linux__)
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#define BKDFAST_AMX 1  // this compiler knows the matrix unit
 #endif
 #define BKDFAST_X86 1
 #define BKDFAST_CHOOSE(kernel)                               \
@@ -54,20 +55,22 @@ inline const char* isa_name(Isa isa) {
   return isa == Isa::kAmx ? "amx" : isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar";
 }
 
-#if defined(BKDFAST_X86)
-// Whether the CPU has the bfloat16 matrix unit, and the operating system lets this process use it: Linux wants to be
-// asked, since the unit's registers make the state of a thread eight kilobytes larger.
-inline bool may_use_amx() {
-#if defined(__linux__)
+#if defined(BKDFAST_AMX)
+inline bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBFloat16) == 0 || (edx & kTile) == 0) return false;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTile);
+}
+
+// Asks Linux to let this process use the matrix unit, whose registers make the state of a thread eight kilobytes
+// larger. That cannot be taken back: only where the unit is to be used.
+inline bool may_use_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
+#else
+inline bool has_amx() { return false; }
+inline bool may_use_amx() { return false; }
 #endif
 
 inline Isa best_isa() {
@@ -78,17 +81,17 @@ inline Isa best_isa() {
                     __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) return may_use_amx() ? Isa::kAmx : Isa::kAvx512;
-  return avx2 ? Isa::kAvx2 : Isa::kScalar;
+  return avx512 && has_amx() ? Isa::kAmx : avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
 #else
   return Isa::kScalar;
 #endif
 }
 
 inline IsaChoice choose_isa() {
-  const Isa best = best_isa();
   const char* set = std::getenv("BKDFAST_CPU");
   const std::string wanted = set ? set : "";
+  Isa best = best_isa();
+  if (best == Isa::kAmx && (wanted.empty() || wanted == isa_name(best)) && !may_use_amx()) best = Isa::kAvx512;
   if (wanted.empty()) return {best, ""};
   for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     if (wanted != isa_name(isa)) continue;

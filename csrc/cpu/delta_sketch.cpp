@@ -104,7 +104,7 @@ struct Totals {
 #define BKDFAST_KERNEL "../cpu/delta_sketch_kernel.h"
 #include "../common/for_each_isa.h"
 
-#if defined(BKDFAST_X86)
+#if defined(BKDFAST_AMX)
 namespace {
 
 constexpr int64_t kTilePanel = 32;     // rows of a panel
@@ -138,7 +138,6 @@ struct TilePanel {
   char* y_parts;     // tiles of Y^T, of 16 columns of Y
   float* y;          // [kTilePanel, groups * 16]
   float* sums;       // [4, 16, 16]
-  uint16_t* low;     // [steps of a span]: where the high parts leave something
   uint8_t* has_low;  // [steps]
   Rest rest;
   int64_t bytes;  // of all
@@ -146,21 +145,23 @@ struct TilePanel {
 
 TilePanel lay_out(char* memory, int64_t n, int64_t groups) {
   const int64_t steps = (n + 31) / 32, capacity = kTilePanel * n / 64;
-  char* end = memory;
-  const auto take = [&](int64_t bytes) { return std::exchange(end, end + (bytes + 63) / 64 * 64); };
+  uintptr_t end =
+      reinterpret_cast<uintptr_t>(memory);  // not a pointer: memory is null where only the size is asked for
+  const auto take = [&](int64_t bytes) {
+    return reinterpret_cast<char*>(std::exchange(end, end + (bytes + 63) / 64 * 64));
+  };
   TilePanel panel;
   panel.tiles = take(steps * 4 * kTileBytes);
   panel.y_parts = take(12 * kTileBytes);
   panel.y = reinterpret_cast<float*>(take(kTilePanel * groups * 64));
   panel.sums = reinterpret_cast<float*>(take(4 * 1024));
-  panel.low = reinterpret_cast<uint16_t*>(take(kTileSpan / 32 * 2));
   panel.has_low = reinterpret_cast<uint8_t*>(take(steps));
   panel.rest.value = reinterpret_cast<float*>(take(capacity * 4));
   panel.rest.row = reinterpret_cast<int32_t*>(take(capacity * 4));
   panel.rest.column = reinterpret_cast<int32_t*>(take(capacity * 4));
   panel.rest.count = 0;
   panel.rest.capacity = capacity;
-  panel.bytes = end - memory;
+  panel.bytes = static_cast<int64_t>(end - reinterpret_cast<uintptr_t>(memory));
   return panel;
 }
 
@@ -341,7 +342,7 @@ Totals with_vectors(const Weight& base, const Weight& tuned, const Tensor& x, Te
              });
 }
 
-#if defined(BKDFAST_X86)
+#if defined(BKDFAST_AMX)
 // False: these weights or this X are not for the matrix unit, and what was written is to be written again.
 bool with_tiles(const Weight& base, const Weight& tuned, const Tensor& x, Tensor& y, Tensor& z, Totals& totals) {
   const int64_t m = y.size(0), n = x.size(0), k = x.size(1);
@@ -381,7 +382,7 @@ Totals sketch(const Weight& base, const Weight& tuned, bool both_double, const T
     return {};
   }
   if (both_double) return with_vectors<double>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_double));
-#if defined(BKDFAST_X86)
+#if defined(BKDFAST_AMX)
   if (Totals totals; with_tiles(base, tuned, x, y, z, totals)) return totals;
 #endif
   return with_vectors<float>(base, tuned, x, y, z, BKDFAST_CHOOSE(sketch_float));

@@ -23,11 +23,11 @@
 //   matrix unit     12       19       39           45       62       118
 //   AVX-512         15       25       62           46       79       184
 //
-// Of 12 ms, D takes 6, of which the memory's half is hidden badly, Y 2 and Z 2.4. Rounding of Y and Z is half of that
-// of fmas. Lost: a second kind of tiles, whole for Y^T D, the same at 4096 columns and 1.3 times slower at 11008 for
-// what it takes from the cache; D formed a second time for Z, a span of X and Z at a time for 128 rows, 1.3 to 1.8
-// times slower; spans of 512 and 1024 columns, 1.1 to 1.2 times slower; fetching ahead within a row, or during the
-// products.
+// Of 12 ms, D takes 6, of which the memory's half is hidden badly, Y 2 and Z 2.4. Sums of mixed
+// signs round half as much as by fmas, those of one sign as much. Lost: a second kind of tiles, whole for Y^T D, the
+// same at 4096 columns and 1.3 times slower at 11008 for what it takes from the cache; D formed a second time for Z, a
+// span of X and Z at a time for 128 rows, 1.3 to 1.8 times slower; spans of 512 and 1024 columns, 1.1 to 1.2 times
+// slower; fetching ahead within a row, or during the products.
 //
 // The norm adds four squares in float32, all else in float64. Denormal numbers are zero to the unit: the caller sees to
 // it that none matters.
@@ -96,6 +96,7 @@ bool pack_tiles(const float* x, int64_t row_stride, int64_t column_stride, int64
 
 // Notes what two parts leave of D in every second column from `column`; `remainder`: what one part leaves.
 __attribute__((noinline)) void note_rest(__m512 remainder, int64_t row, int64_t column, Rest& rest) {
+  if (rest.count > rest.capacity) return;
   alignas(64) float left[16];
   _mm512_store_ps(left, _mm512_sub_ps(remainder, top_half(remainder)));
   for (int i = 0; i < 16; ++i) {
@@ -109,7 +110,7 @@ __attribute__((noinline)) void note_rest(__m512 remainder, int64_t row, int64_t 
   }
 }
 
-// Two rows of a step: D into both kinds of tiles, its squares and changed entries counted.
+// Two rows of a panel.
 struct RowPair {
   const char *base[2], *tuned[2];
   __mmask32 mask[2];                // columns that there are
@@ -121,8 +122,9 @@ BKDFAST_INLINE void fetch(const char* from, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + ahead), 0, 2);
 }
 
+// Tiles of two rows of a step. kWhole: all columns are there.
 template <bool kWhole>
-BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step, char* tiles, uint16_t* low,
+BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step, char* tiles, uint8_t* has_low,
                               __m512d& squares, int64_t& changed, Rest& rest) {
   const __m512i upper = _mm512_set1_epi32(-65536), magnitude = _mm512_set1_epi16(0x7fff);
   __m512 even[2], odd[2];
@@ -160,7 +162,7 @@ BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step,
     const __m512i some = _mm512_ternarylogic_epi32(_mm512_castps_si512(even[0]), _mm512_castps_si512(odd[0]),
                                                    _mm512_castps_si512(even[1]), 0xfe);
     const __m512i any = _mm512_or_si512(some, _mm512_castps_si512(odd[1]));
-    *low |= _mm512_test_epi32_mask(any, any);
+    *has_low |= _mm512_test_epi32_mask(any, any) != 0;
     if (__builtin_expect(_mm512_test_epi32_mask(any, _mm512_set1_epi32(0xffff)) != 0, 0)) {
       for (int r = 0; r < 2; ++r) {
         note_rest(even[r], rows.row + r, column, rest);
@@ -170,11 +172,12 @@ BKDFAST_INLINE void form_step(const RowPair& rows, int64_t column, int64_t step,
   }
 }
 
-// Columns [column, column + count) of a panel; `step` is their first.
+// Tiles of columns [column, column + count) of a panel, their squares and changed entries counted.
 void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, int64_t count, TilePanel& at,
                Totals& totals) {
   const int64_t steps = (count + 31) / 32, whole = rows == kTilePanel ? count / 32 : 0;
-  for (int64_t s = 0; s < steps; ++s) at.low[s] = 0;
+  uint8_t* has_low = at.has_low + column / 32;
+  for (int64_t s = 0; s < steps; ++s) has_low[s] = 0;
   for (int64_t q = 0; q < kTilePanel / 2; ++q) {
     RowPair pair{{}, {}, {}, 2 * q, 4 * job.base.row_stride, 4 * job.tuned.row_stride};
     if (q == kTilePanel / 2 - 1) {
@@ -194,16 +197,15 @@ void form_span(const TileJob& job, int64_t panel, int64_t rows, int64_t column, 
     __m512d squares = _mm512_setzero_pd();
     int64_t changed = 0;
     for (int64_t s = 0; s < whole; ++s)
-      form_step<true>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s, squares, changed, at.rest);
+      form_step<true>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, has_low + s, squares, changed, at.rest);
     for (int64_t s = whole; s < steps; ++s) {
       if (count - s * 32 < 32)
         for (int r = 0; r < 2; ++r) pair.mask[r] &= (uint32_t{1} << (count - s * 32)) - 1;
-      form_step<false>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, at.low + s, squares, changed, at.rest);
+      form_step<false>(pair, column + s * 32, s, tiles + s * 4 * kTileBytes, has_low + s, squares, changed, at.rest);
     }
     totals.frobenius_sq += _mm512_reduce_add_pd(squares);
     totals.changed += changed;
   }
-  for (int64_t s = 0; s < steps; ++s) at.has_low[column / 32 + s] = at.low[s] != 0;
 }
 
 // y [32, 16] += D X for `steps` steps of a panel and 16 columns of X, whose tiles are `x_stride` apart.
@@ -314,14 +316,17 @@ void sketch_tiles(const TileJob& job, int64_t begin, int64_t end, char* scratch,
     for (int64_t column = 0; column < job.n; column += kTileSpan) {
       const int64_t count = job.n - column < kTileSpan ? job.n - column : kTileSpan, step = column / 32;
       form_span(job, panel, rows, column, count, at, totals);
+      if (rest.count > rest.capacity) break;
       for (int64_t g = 0; g < job.groups; ++g)
         multiply_tiles(at.tiles + step * 4 * kTileBytes, at.has_low + step,
                        job.x_tiles + (step * job.groups + g) * 3 * kTileBytes, job.groups * 3 * kTileBytes,
                        (count + 31) / 32, at.sums, at.y + g * 16, k);
     }
-    if (rest.count > rest.capacity) totals.complete = false;
-    const int64_t left = rest.count < rest.capacity ? rest.count : rest.capacity;
-    for (int64_t i = 0; i < left; ++i)
+    if (rest.count > rest.capacity) {
+      totals.complete = false;
+      break;
+    }
+    for (int64_t i = 0; i < rest.count; ++i)
       for (int64_t c = 0; c < job.k; ++c)
         at.y[rest.row[i] * k + c] += rest.value[i] * job.x[rest.column[i] * job.x_row + c * job.x_column];
     for (int64_t r = 0; r < rows; ++r)
@@ -330,7 +335,7 @@ void sketch_tiles(const TileJob& job, int64_t begin, int64_t end, char* scratch,
       cut_y(at.y + g * 16, k, at.y_parts);
       accumulate_tiles(at.y_parts, at.tiles, at.has_low, (job.n + 31) / 32, z + g * 16 * job.z_stride, job.z_stride);
     }
-    for (int64_t i = 0; i < left; ++i)
+    for (int64_t i = 0; i < rest.count; ++i)
       for (int64_t c = 0; c < job.k; ++c)
         z[c * job.z_stride + tile_column(rest.column[i])] += rest.value[i] * at.y[rest.row[i] * k + c];
   }

@@ -7,7 +7,7 @@ from bkdfast.errors import NonFiniteError
 from bkdfast.ops import tall_products
 from bkdfast.svd import krylov
 from bkdfast.svd.krylov import leading_triplets
-from bkdfast.svd.numerics import svd
+from bkdfast.svd.numerics import from_squares, svd
 from bkdfast.svd.tall import Tall
 from tests.svd.matrices import FP64, pair, sin_theta, with_spectrum
 
@@ -279,3 +279,34 @@ def test_lapack_gives_up_on_some_matrices(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: (_ for _ in ()).throw(torch.linalg.LinAlgError("no")))
     with pytest.raises(torch.linalg.LinAlgError):
         svd(x)
+
+
+def test_squares_serve_where_they_have_the_digits(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.linalg.qr(torch.randn(9, 4, dtype=FP64))[0] * torch.tensor([1.0, 0.5, 2e-3, 1e-5], dtype=FP64)
+    s, v = from_squares(x.T @ x, 3, 1e-3)
+    torch.testing.assert_close(s[:3], torch.linalg.svdvals(x)[:3])
+    torch.testing.assert_close(torch.linalg.vector_norm(x @ v, dim=0)[:3], s[:3])
+    assert from_squares(x.T @ x, 4, 1e-3) is None  # the fourth is too weak
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *_: (_ for _ in ()).throw(torch.linalg.LinAlgError("no")))
+    assert from_squares(x.T @ x, 3, 1e-3) is None
+
+
+@pytest.mark.parametrize("shape", [(200, 900), (900, 200), (250, 250)], ids=str)
+def test_small_sides_by_squares_and_by_svd(shape, monkeypatch):
+    """Where squares serve, and where not: the same triplets."""
+    w0, w1 = (weight.bfloat16() for weight in torch.randn(2, *shape))
+    by_squares = leading_triplets(w0, w1, rank=5)
+    monkeypatch.setattr(krylov, "from_squares", lambda *_: None)
+    by_svd = leading_triplets(w0, w1, rank=5)
+    torch.testing.assert_close(by_squares.s, by_svd.s)
+    torch.testing.assert_close(by_squares.u, by_svd.u, atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_squares.v, by_svd.v, atol=1e-5, rtol=0)
+
+
+def test_a_block_that_is_not_independent_becomes_orthonormal_all_the_same():
+    torch.manual_seed(0)
+    x = torch.randn(50, 3, dtype=FP64)
+    x[:, 2] = x[:, 0] + 1e-12 * x[:, 2]
+    q = Tall().orthonormal(x, x.T @ x)
+    torch.testing.assert_close(q.T @ q, torch.eye(3, dtype=FP64))
